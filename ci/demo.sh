@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Sets everything up, exports the bundled demo checkpoint, and has llava_main answer a question about the bundled picture.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+say() { printf '\n== %s\n' "$*" >&2; }
+
+ci/setup.sh
+mkdir -p build/demo
+say "exporting the bundled checkpoint to build/demo/mobilevlm.pte"
+.venv/bin/python -m mvlm.export --pte-name build/demo/mobilevlm.pte --with-artifacts
+
+question="What color is the circle?"
+say "asking about build/demo/sample.jpg: $question"
+.venv/bin/llava_main --model_path build/demo/mobilevlm.pte --image_path build/demo/sample.jpg \
+  --prompt "$question" --temperature 0
+
+cat >&2 <<'TXT'
+
+== what you would type next
+
+  # another question about the picture
+  .venv/bin/llava_main --model_path build/demo/mobilevlm.pte --image_path build/demo/sample.jpg --prompt "Describe the image."
+
+  # is the file faithful to the checkpoint? float32, quantized and .pte side by side
+  .venv/bin/python -m mvlm.runtime.test_pte build/demo/mobilevlm.pte
+
+  # a real MobileVLM (needs the network or a folder with the checkpoint)
+  .venv/bin/python -m mvlm.export --model mtgv/MobileVLM_V2-1.7B --pte-name mobilevlm-v2-1.7b.pte
+TXT

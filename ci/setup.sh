@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Everything that demo and tests need, from a bare Debian or Ubuntu machine: missing apt packages, .venv in the clone,
+# and an editable install of mvlm, which also builds the C++ side. A second call finds all done and is quick.
+#
+#   ci/setup.sh          what export and llava_main need
+#   ci/setup.sh test     and what the tests need
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+apt_packages=(g++ python3 python3-venv python3-dev libhwy-dev libsentencepiece-dev libcli11-dev nlohmann-json3-dev
+              libjpeg-dev libpng-dev)
+[ "${1:-}" = test ] && apt_packages+=(libgtest-dev)
+
+say() { printf '== %s\n' "$*" >&2; }
+
+# ---- Debian packages ------------------------------------------------------------------------------------------------
+if ! command -v dpkg-query >/dev/null; then
+  say "no dpkg here: this script is for Debian and Ubuntu; install the like of: ${apt_packages[*]}"
+  exit 2
+fi
+missing=()
+for package in "${apt_packages[@]}"; do
+  [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  as_root=()
+  if [ "$(id -u)" != 0 ]; then
+    command -v sudo >/dev/null || { say "as root, run: apt-get install ${missing[*]}"; exit 2; }
+    as_root=(sudo)
+  fi
+  say "apt-get install ${missing[*]}"
+  "${as_root[@]}" apt-get update -qq
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
+fi
+
+# ---- Python ---------------------------------------------------------------------------------------------------------
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'; then
+  say "$("$python" --version) is not supported: mvlm needs Python 3.11 to 3.14; set PYTHON to one of them"
+  exit 2
+fi
+if [ ! -x .venv/bin/python ]; then
+  say "making .venv"
+  "$python" -m venv .venv
+fi
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+pip() { .venv/bin/python -m pip "$@"; }
+
+# What was installed is remembered by the hash of all that the install depends on.
+extras=${1:+[$1]}
+stamp=.venv/mvlm-setup${1:+-$1}
+state=$(find pyproject.toml CMakeLists.txt ops runner -name __pycache__ -prune -o -type f -print0 | sort -z |
+        xargs -0 sha256sum | sha256sum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
+  # torch first and alone: no other requirement may choose its version.
+  say "installing torch"
+  pip install --quiet torch==2.13.0
+  say "installing executorch and the build tools"
+  pip install --quiet executorch==1.5.1 "scikit-build-core>=0.11" "cmake>=3.28,<5" ninja
+  say "installing mvlm, building its C++ side"
+  # Without isolation, so that what is built and what runs is the same executorch, fetched once.
+  pip install --quiet --no-build-isolation --editable ".$extras"
+  printf '%s' "$state" > "$stamp"
+fi

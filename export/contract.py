@@ -1,0 +1,163 @@
+"""The names inside an mvlm ``.pte``, and the metadata it carries about itself.
+
+This is the one Python place for them; ``runner/contract.h`` is the one C++ place. It imports nothing of the exporter,
+so that ``mvlm.runtime`` can read it without loading quantization and lowering.
+
+The first group of constant methods is what ExecuTorch's own LLM runners read from a program; those named ``mvlm_*``
+are ours, for all that such a runner leaves to the application.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+#: Version of this contract; a reader refuses a file with a greater one.
+FORMAT_VERSION = 1
+
+VISION_ENCODER = "vision_encoder"
+TOKEN_EMBEDDING = "token_embedding"
+TEXT_DECODER = "text_decoder"
+
+#: Constant method that holds the SentencePiece model file, a uint8 tensor [bytes].
+TOKENIZER = "mvlm_tokenizer"
+
+#: Where the question goes in :attr:`Metadata.prompt_template`.
+PROMPT_PLACEHOLDER = "{prompt}"
+
+
+@dataclass(frozen=True)
+class ImageProcessing:
+    """How a picture becomes ``pixel_values`` [1, 3, size, size].
+
+    Attributes:
+        size: side S of the square the model sees, in pixels.
+        mean: per channel, subtracted after scaling pixels to 0 .. 1.
+        std: per channel, divided by afterwards.
+        pad_color: RGB, 0 .. 255, with which a picture is padded to a centred square before it is resized.
+        tokens: positions that one picture takes.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pad_color: tuple[int, int, int]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What an mvlm ``.pte`` says about itself, apart from its tokenizer.
+
+    Attributes:
+        model_name: what people call the checkpoint.
+        checkpoint_id: ``sha256:`` and the hash over the checkpoint's files.
+        mvlm_version: version of the exporter.
+        recipe: the recipe as a JSON object.
+        max_context_len: positions of the KV cache.
+        vocab_size: width of the logits.
+        bos_id: token id that opens every prompt.
+        eos_ids: token ids that end an answer.
+        prompt_template: text around the question, with :data:`PROMPT_PLACEHOLDER` in it once.
+        image_marker: stands in a prompt where the picture's embeddings go.
+        image_prefix: put before a question that comes with a picture and has no marker of its own.
+        stop_strings: an answer ends before the first of these.
+        image: how pictures are prepared.
+    """
+
+    model_name: str
+    checkpoint_id: str
+    mvlm_version: str
+    recipe: str
+    max_context_len: int
+    vocab_size: int
+    bos_id: int
+    eos_ids: tuple[int, ...]
+    prompt_template: str
+    image_marker: str
+    image_prefix: str
+    stop_strings: tuple[str, ...]
+    image: ImageProcessing
+
+    def __post_init__(self) -> None:
+        if self.prompt_template.count(PROMPT_PLACEHOLDER) != 1:
+            raise ValueError(
+                f"the prompt template must contain {PROMPT_PLACEHOLDER} once: {self.prompt_template!r}"
+            )
+
+    def to_constant_methods(self) -> dict[str, Any]:
+        """Name -> value of every constant method but the tokenizer."""
+        return {
+            "get_max_seq_len": self.max_context_len,
+            "get_max_context_len": self.max_context_len,
+            "get_bos_id": self.bos_id,
+            "get_eos_ids": list(self.eos_ids),
+            "get_vocab_size": self.vocab_size,
+            "use_kv_cache": True,
+            "use_sdpa_with_kv_cache": True,
+            "enable_dynamic_shape": True,
+            "mvlm_format_version": FORMAT_VERSION,
+            "mvlm_version": self.mvlm_version,
+            "mvlm_model_name": self.model_name,
+            "mvlm_checkpoint_id": self.checkpoint_id,
+            "mvlm_recipe": self.recipe,
+            "mvlm_prompt_template": self.prompt_template,
+            "mvlm_image_marker": self.image_marker,
+            "mvlm_image_prefix": self.image_prefix,
+            "mvlm_stop_strings": list(self.stop_strings),
+            "mvlm_image_size": self.image.size,
+            "mvlm_image_mean": list(self.image.mean),
+            "mvlm_image_std": list(self.image.std),
+            "mvlm_image_pad_color": list(self.image.pad_color),
+            "mvlm_image_tokens": self.image.tokens,
+        }
+
+    @classmethod
+    def from_constant_methods(cls, values: dict[str, Any]) -> Metadata:
+        """The inverse of :meth:`to_constant_methods`.
+
+        Raises:
+            ValueError: ``values`` lacks a name, or the file is of a newer format.
+        """
+        missing = [name for name in CONSTANT_METHODS if name not in values]
+        if missing:
+            raise ValueError(f"constant methods missing: {', '.join(missing)}")
+        if values["mvlm_format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"the file is of format {values['mvlm_format_version']}, this mvlm reads up to {FORMAT_VERSION}: "
+                "install a newer mvlm"
+            )
+        return cls(
+            model_name=values["mvlm_model_name"],
+            checkpoint_id=values["mvlm_checkpoint_id"],
+            mvlm_version=values["mvlm_version"],
+            recipe=values["mvlm_recipe"],
+            max_context_len=values["get_max_context_len"],
+            vocab_size=values["get_vocab_size"],
+            bos_id=values["get_bos_id"],
+            eos_ids=tuple(values["get_eos_ids"]),
+            prompt_template=values["mvlm_prompt_template"],
+            image_marker=values["mvlm_image_marker"],
+            image_prefix=values["mvlm_image_prefix"],
+            stop_strings=tuple(values["mvlm_stop_strings"]),
+            image=ImageProcessing(
+                size=values["mvlm_image_size"],
+                mean=tuple(values["mvlm_image_mean"]),
+                std=tuple(values["mvlm_image_std"]),
+                pad_color=tuple(values["mvlm_image_pad_color"]),
+                tokens=values["mvlm_image_tokens"],
+            ),
+        )
+
+
+def _constant_method_names() -> tuple[str, ...]:
+    example = Metadata(
+        **{f.name: 0 for f in fields(Metadata)}
+        | {"prompt_template": PROMPT_PLACEHOLDER, "eos_ids": (), "stop_strings": ()}
+        | {"image": ImageProcessing(0, (0, 0, 0), (1, 1, 1), (0, 0, 0), 0)}
+    )
+    return tuple(example.to_constant_methods())
+
+
+#: Names of all constant methods but the tokenizer.
+CONSTANT_METHODS = _constant_method_names()

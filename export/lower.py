@@ -1,0 +1,200 @@
+"""Lower: captured methods become edge programs whose heavy parts are XNNPACK delegates.
+
+Two partitioners take turns on ``vision_encoder`` and ``text_decoder``, and their order matters: the first takes every
+dynamically quantized linear by itself, so that the activations' quantization travels with it; the second takes what
+float32 operators are left, in partitions as large as they get. ``token_embedding`` is a table look-up and stays with
+ExecuTorch's own kernel.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+    XnnpackDynamicallyQuantizedPartitioner,
+    XnnpackPartitioner,
+)
+from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
+from executorch.exir.backend.partitioner import PartitionResult
+from executorch.exir.delegate import executorch_call_delegate
+from torch.export import ExportedProgram
+
+from mvlm.export.contract import TEXT_DECODER, VISION_ENCODER
+from mvlm.export.errors import ExportError
+
+DELEGATED_METHODS = (VISION_ENCODER, TEXT_DECODER)
+
+#: Packets of operators that a linear is made of, before or after decomposition.
+_LINEAR_PACKETS = {"aten.linear", "aten.addmm", "aten.mm"}
+#: Packets that quantization leaves in a graph around its linears.
+_QUANTIZATION_PACKETS = {
+    f"{namespace}.{name}"
+    for namespace, names in (
+        ("torchao", ("choose_qparams_affine", "quantize_affine", "dequantize_affine")),
+        (
+            "quantized_decomposed",
+            ("choose_qparams_per_token_asymmetric", "quantize_per_token", "dequantize_per_token"),
+        ),
+    )
+    for name in names
+}
+
+
+def _packet(node: torch.fx.Node) -> str | None:
+    """``aten.add`` for a call of ``aten::add.Tensor``, in either dialect; None for nodes that call no operator."""
+    # An operator that writes to its arguments, like our attention, is an argument of a higher-order one.
+    target = node.args[0] if node.target is torch.ops.higher_order.auto_functionalized_v2 else node.target
+    schema = getattr(target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return None
+    return schema.name.replace("::", ".")
+
+
+class _CountsWhatItTakes:
+    """A partitioner that remembers how many partitions it made and of which operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.partitions = 0
+        self.operators: Counter[str] = Counter()
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        result: PartitionResult = super().partition(exported_program)  # type: ignore[misc]
+        self.partitions = len(result.partition_tags)
+        self.operators = Counter(
+            packet
+            for node in result.tagged_exported_program.graph.nodes
+            if node.meta.get("delegation_tag") in result.partition_tags and (packet := _packet(node))
+        )
+        return result
+
+
+class _DynamicallyQuantized(_CountsWhatItTakes, XnnpackDynamicallyQuantizedPartitioner):
+    pass
+
+
+class _Float32(_CountsWhatItTakes, XnnpackPartitioner):
+    pass
+
+
+@dataclass(frozen=True)
+class MethodDelegation:
+    """Who runs what in one method.
+
+    Attributes:
+        method: its name.
+        quantized: delegates made by ``XnnpackDynamicallyQuantizedPartitioner``.
+        quantized_linears: linears in them.
+        float32: delegates made by ``XnnpackPartitioner``.
+        float32_operators: operators in those.
+        left: operators outside every delegate, by name; ExecuTorch's or our own kernels run them.
+    """
+
+    method: str
+    quantized: int
+    quantized_linears: int
+    float32: int
+    float32_operators: int
+    left: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What the lower stage hands on."""
+
+    edge: EdgeProgramManager
+    delegation: tuple[MethodDelegation, ...]
+
+
+def lower(methods: Mapping[str, ExportedProgram], constant_methods: Mapping[str, Any]) -> Lowered:
+    """Lowers all methods into one edge program manager.
+
+    Args:
+        methods: captured programs by name.
+        constant_methods: values that the .pte says about itself, by name.
+
+    Raises:
+        ExportError: a quantized linear stayed outside the delegates, where it would run many times slower.
+    """
+    partitioners = {
+        name: [_DynamicallyQuantized(), _Float32()] for name in methods if name in DELEGATED_METHODS
+    }
+    edge = to_edge_transform_and_lower(
+        dict(methods),
+        partitioner={name: partitioners.get(name, []) for name in methods},
+        constant_methods=dict(constant_methods),
+        # The verifier knows only ATen's operators and would refuse ours.
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+    )
+    delegation = []
+    for name in methods:
+        left = _operators_left(edge.exported_program(name).graph.nodes)
+        if name in partitioners:
+            quantized, float32 = partitioners[name]
+            delegation.append(
+                MethodDelegation(
+                    name,
+                    quantized.partitions,
+                    sum(quantized.operators[packet] for packet in _LINEAR_PACKETS),
+                    float32.partitions,
+                    sum(float32.operators.values()),
+                    left,
+                )
+            )
+        else:
+            delegation.append(MethodDelegation(name, 0, 0, 0, 0, left))
+    _check_delegation(delegation)
+    return Lowered(edge, tuple(delegation))
+
+
+def _operators_left(nodes: Iterable[torch.fx.Node]) -> dict[str, int]:
+    counter = Counter(
+        packet
+        for node in nodes
+        if node.target is not executorch_call_delegate and (packet := _packet(node)) is not None
+    )
+    return dict(counter.most_common())
+
+
+def _check_delegation(delegation: Iterable[MethodDelegation]) -> None:
+    outside = [
+        f"{method.method}: {count} x {packet}"
+        for method in delegation
+        if method.method in DELEGATED_METHODS
+        for packet, count in method.left.items()
+        if packet in _LINEAR_PACKETS | _QUANTIZATION_PACKETS
+    ]
+    if outside:
+        raise ExportError(
+            "XNNPACK did not take every quantized linear; outside the delegates stayed " + ", ".join(outside)
+        )
+
+
+def delegation_table(delegation: Iterable[MethodDelegation]) -> str:
+    """A table for people of what each partitioner took and what is left."""
+    rows = [("method", "8da4w/int8 delegates", "linears in them", "float32 delegates", "operators in them", "left")]
+    rows += [
+        (
+            method.method,
+            str(method.quantized),
+            str(method.quantized_linears),
+            str(method.float32),
+            str(method.float32_operators),
+            str(sum(method.left.values())),
+        )
+        for method in delegation
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    for method in delegation:
+        if method.left:
+            listing = ", ".join(f"{count} {packet}" for packet, count in method.left.items())
+            lines.append(f"left in {method.method}: {listing}")
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""CLIP's vision transformer, up to the block whose features MobileVLM reads.
+
+Shape letters: B pictures, S side in pixels, P patches, L = P + 1 tokens (the class token comes first), D width,
+N attention heads, H = D / N, F width of the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x * sigmoid(1.702 x)``, the approximation of GELU that OpenAI trained CLIP with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": nn.functional.gelu}
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Sizes of a CLIP vision tower. The defaults are those of ViT-L/14-336.
+
+    Attributes:
+        hidden_size: width D of the token stream.
+        intermediate_size: width F of the MLP.
+        num_hidden_layers: blocks in the checkpoint; fewer may be built, see :class:`CLIPVisionTower`.
+        num_attention_heads: heads N; must divide ``hidden_size``.
+        image_size: side S of the square picture, in pixels; a multiple of ``patch_size``.
+        patch_size: side of a patch, in pixels.
+        layer_norm_eps: added to the variance in every LayerNorm.
+        hidden_act: ``quick_gelu`` (OpenAI's weights) or ``gelu``.
+    """
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"CLIP: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"CLIP: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"CLIP: hidden_act {self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size**2
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    """Patches, a class token in front of them, and learned positions."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(config.num_patches + 1, config.hidden_size)
+
+    def forward(self, pixel_values_B3SS: Tensor) -> Tensor:
+        x_BPD = self.patch_embedding(pixel_values_B3SS).flatten(2).transpose(1, 2)
+        class_B1D = self.class_embedding.expand(x_BPD.shape[0], 1, -1)
+        return torch.cat([class_B1D, x_BPD], dim=1) + self.position_embedding.weight
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention without a mask."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.head_dim = width // self.num_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        B, L, D = x_BLD.shape
+
+        def split_heads(y_BLD: Tensor) -> Tensor:
+            y_BNLH = y_BLD.view(B, L, self.num_heads, self.head_dim).transpose(1, 2)
+            # B and N are folded into one so that torch.bmm, not a broadcasting matmul, is exported.
+            return y_BNLH.reshape(B * self.num_heads, L, self.head_dim)
+
+        q = split_heads(self.q_proj(x_BLD) * self.head_dim**-0.5)
+        k = split_heads(self.k_proj(x_BLD))
+        v = split_heads(self.v_proj(x_BLD))
+        weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)), dim=-1)
+        y_BNLH = torch.bmm(weights, v).view(B, self.num_heads, L, self.head_dim)
+        return self.out_proj(y_BNLH.transpose(1, 2).reshape(B, L, D))
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x_BLD)))
+
+
+class CLIPEncoderLayer(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        x_BLD = x_BLD + self.self_attn(self.layer_norm1(x_BLD))
+        return x_BLD + self.mlp(self.layer_norm2(x_BLD))
+
+
+class CLIPEncoder(nn.Module):
+    def __init__(self, config: CLIPVisionConfig, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(num_layers))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        for layer in self.layers:
+            x_BLD = layer(x_BLD)
+        return x_BLD
+
+
+class CLIPVisionTower(nn.Module):
+    """Pixels to patch features, as transformers' ``CLIPVisionModel(...).hidden_states[select_layer][:, 1:]``.
+
+    Only the blocks that reach the selected hidden state are built: for ``select_layer=-2`` all but the last, and
+    ``post_layernorm`` never.
+
+    Args:
+        config: sizes of the whole tower.
+        select_layer: index into the ``num_hidden_layers + 1`` hidden states, negative from the end as in LLaVA's
+            ``mm_vision_select_layer``. 0 is the input of the first block.
+
+    Raises:
+        ValueError: ``select_layer`` names no hidden state.
+    """
+
+    def __init__(self, config: CLIPVisionConfig, select_layer: int = -2) -> None:
+        super().__init__()
+        num_states = config.num_hidden_layers + 1
+        if not -num_states <= select_layer < num_states:
+            raise ValueError(
+                f"select_layer {select_layer} is out of range: a tower of {config.num_hidden_layers} blocks has "
+                f"hidden states {-num_states} .. {num_states - 1}"
+            )
+        self.config = config
+        self.embeddings = CLIPVisionEmbeddings(config)
+        # "pre_layrnorm" is how the checkpoints spell it.
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config, num_layers=select_layer % num_states)
+
+    def forward(self, pixel_values_B3SS: Tensor) -> Tensor:
+        """Maps normalized pixels [B, 3, S, S] to patch features [B, P, D], in row-major patch order."""
+        x_BLD = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values_B3SS)))
+        return x_BLD[:, 1:]

@@ -1,0 +1,47 @@
+// One question, answered: what llava_main does once its flags are parsed.
+
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "runner/model.h"
+#include "runner/prompt.h"
+#include "runner/result.h"
+
+namespace mvlm {
+
+// What the user asked for, one field for every flag. An empty optional is a flag that was not
+// given, and a default that depends on the .pte or the machine.
+struct Options {
+  std::string model_path;
+  std::optional<std::string> tokenizer_path;
+  std::optional<std::string> image_path;
+  std::string prompt;
+  bool raw_prompt = false;
+  std::optional<int64_t> seq_len;
+  std::optional<int64_t> max_new_tokens;
+  double temperature = 0.2;
+  double top_p = 1.0;
+  int64_t top_k = 0;
+  std::optional<uint64_t> seed;
+  std::optional<int64_t> cpu_threads;
+  WorkspaceSharing workspace_sharing = WorkspaceSharing::kGlobal;
+  std::optional<std::string> stats_path;
+  bool quiet = false;
+};
+
+// Checks what can be checked without opening a file; the message names the flag, what was given
+// and what is allowed.
+Status CheckOptions(const Options& options);
+
+// Answers the question and writes the answer to stdout and how it went to stderr. Returns the
+// exit code: 0, 2 if the flags or files are at fault, 1 for a failure, 130 if interrupted. Errors
+// have been reported by then. Statistics are written on 0 and 130.
+//
+// Everything that can be found wrong is found before the work starts, the cheapest first. To be
+// called once in a process, after HandleSignals().
+int AnswerQuestion(const Options& options);
+
+}  // namespace mvlm

@@ -1,0 +1,49 @@
+// The names in a .pte that the runner relies on. The Python side of the same contract is
+// export/contract.py; what every name means is in the README and in metadata.h.
+
+#pragma once
+
+#include <cstdint>
+
+namespace mvlm::contract {
+
+// The layout of names and values that this runner understands. A .pte says its own in
+// `mvlm_format_version`.
+inline constexpr int64_t kFormatVersion = 1;
+
+// Methods.
+inline constexpr char kVisionEncoder[] = "vision_encoder";
+inline constexpr char kTokenEmbedding[] = "token_embedding";
+inline constexpr char kTextDecoder[] = "text_decoder";
+
+// Constant methods that ExecuTorch's own LLM runner reads too.
+inline constexpr char kMaxSeqLen[] = "get_max_seq_len";
+inline constexpr char kMaxContextLen[] = "get_max_context_len";
+inline constexpr char kBosId[] = "get_bos_id";
+inline constexpr char kEosIds[] = "get_eos_ids";
+inline constexpr char kVocabSize[] = "get_vocab_size";
+inline constexpr char kUseKvCache[] = "use_kv_cache";
+inline constexpr char kUseSdpaWithKvCache[] = "use_sdpa_with_kv_cache";
+inline constexpr char kEnableDynamicShape[] = "enable_dynamic_shape";
+
+// Constant methods of mvlm's own.
+inline constexpr char kFormat[] = "mvlm_format_version";
+inline constexpr char kVersion[] = "mvlm_version";
+inline constexpr char kModelName[] = "mvlm_model_name";
+inline constexpr char kCheckpointId[] = "mvlm_checkpoint_id";
+inline constexpr char kRecipe[] = "mvlm_recipe";
+inline constexpr char kPromptTemplate[] = "mvlm_prompt_template";
+inline constexpr char kImageMarker[] = "mvlm_image_marker";
+inline constexpr char kImagePrefix[] = "mvlm_image_prefix";
+inline constexpr char kStopStrings[] = "mvlm_stop_strings";
+inline constexpr char kImageSize[] = "mvlm_image_size";
+inline constexpr char kImageMean[] = "mvlm_image_mean";
+inline constexpr char kImageStd[] = "mvlm_image_std";
+inline constexpr char kImagePadColor[] = "mvlm_image_pad_color";
+inline constexpr char kImageTokens[] = "mvlm_image_tokens";
+inline constexpr char kTokenizer[] = "mvlm_tokenizer";
+
+// Where the user's question goes in the prompt template.
+inline constexpr char kPromptPlaceholder[] = "{prompt}";
+
+}  // namespace mvlm::contract

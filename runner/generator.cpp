@@ -1,0 +1,163 @@
+#include "runner/generator.h"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "runner/answer_filter.h"
+#include "runner/stopwatch.h"
+
+namespace mvlm {
+namespace {
+
+// The prompt as the decoder takes it: [positions, hidden].
+Result<std::vector<float>> EmbedPrompt(Model& model, const GenerationRequest& request) {
+  std::vector<float> embeddings;
+  embeddings.reserve(static_cast<size_t>(request.prompt.positions() * model.hidden_size()));
+  for (size_t i = 0; i < request.prompt.pieces.size(); ++i) {
+    if (i > 0) {
+      embeddings.insert(embeddings.end(), request.image_embeddings.begin(),
+                        request.image_embeddings.end());
+    }
+    if (Status status = model.EmbedTokens(request.prompt.pieces[i], &embeddings); !status.ok()) {
+      return status.error();
+    }
+  }
+  return embeddings;
+}
+
+// From tokens to what on_text() gets.
+class TextOutput {
+ public:
+  TextOutput(const Tokenizer& tokenizer, const std::vector<std::string>& stop_strings,
+             const std::function<bool(std::string_view)>& on_text)
+      : detokenizer_(tokenizer), filter_(stop_strings), on_text_(on_text) {}
+
+  Status Push(int64_t token) { return Pass(detokenizer_.Push(token)); }
+
+  Status Finish() {
+    if (Status status = Pass(detokenizer_.Finish()); !status.ok()) {
+      return status;
+    }
+    Show(filter_.Finish());
+    return {};
+  }
+
+  bool stopped() const { return filter_.stopped(); }
+  bool wanted() const { return wanted_; }
+
+ private:
+  Status Pass(const Result<std::string>& text) {
+    if (!text.ok()) {
+      return text.error();
+    }
+    Show(filter_.Push(*text));
+    return {};
+  }
+
+  void Show(const std::string& text) {
+    if (!text.empty() && wanted_) {
+      wanted_ = on_text_(text);
+    }
+  }
+
+  Detokenizer detokenizer_;
+  AnswerFilter filter_;
+  const std::function<bool(std::string_view)>& on_text_;
+  bool wanted_ = true;
+};
+
+}  // namespace
+
+std::string_view ToString(StopReason reason) {
+  switch (reason) {
+    case StopReason::kEndOfText:
+      return "end of text";
+    case StopReason::kStopString:
+      return "stop string";
+    case StopReason::kMaxNewTokens:
+      return "max new tokens";
+    case StopReason::kInterrupted:
+      return "interrupted";
+    case StopReason::kNotWanted:
+      return "output closed";
+  }
+  return "unknown";
+}
+
+Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& sampler,
+                            const GenerationRequest& request) {
+  const Metadata& metadata = model.metadata();
+  TextOutput output(tokenizer, metadata.stop_strings, request.on_text);
+  Generation generation;
+
+  // Why to stop now that generation.tokens has its newest token, if at all.
+  const auto stop_reason = [&]() -> std::optional<StopReason> {
+    if (std::find(metadata.eos_ids.begin(), metadata.eos_ids.end(), generation.tokens.back()) !=
+        metadata.eos_ids.end()) {
+      return StopReason::kEndOfText;
+    }
+    if (output.stopped()) {
+      return StopReason::kStopString;
+    }
+    if (!output.wanted()) {
+      return StopReason::kNotWanted;
+    }
+    if (static_cast<int64_t>(generation.tokens.size()) >= request.max_new_tokens) {
+      return StopReason::kMaxNewTokens;
+    }
+    if (request.interrupted) {
+      return StopReason::kInterrupted;
+    }
+    return std::nullopt;
+  };
+
+  const Stopwatch prefill;
+  const Result<std::vector<float>> prompt = EmbedPrompt(model, request);
+  if (!prompt.ok()) {
+    return prompt.error();
+  }
+  Result<Logits> logits = model.DecodeText(*prompt, 0);
+  generation.prefill_ms = prefill.ms();
+
+  int64_t position = request.prompt.positions();
+  std::vector<float> embedding;
+  for (Stopwatch decode;;) {
+    if (!logits.ok()) {
+      return logits.error();
+    }
+    const Result<int64_t> token = sampler.Sample(logits->data, logits->size);
+    if (!token.ok()) {
+      return token.error();
+    }
+    generation.tokens.push_back(*token);
+    if (generation.tokens.size() == 1) {
+      generation.first_token_ms = prefill.ms();
+    }
+    if (Status status = output.Push(*token); !status.ok()) {
+      return status.error();
+    }
+    if (const std::optional<StopReason> reason = stop_reason()) {
+      generation.reason = *reason;
+      generation.decode_ms = generation.decode_tokens > 0 ? decode.ms() : 0.0;
+      break;
+    }
+    embedding.clear();
+    if (Status status = model.EmbedTokens({*token}, &embedding); !status.ok()) {
+      return status.error();
+    }
+    logits = model.DecodeText(embedding, position);
+    ++position;
+    ++generation.decode_tokens;
+  }
+  if (Status status = output.Finish(); !status.ok()) {
+    return status.error();
+  }
+  // The last part may be what found the output closed.
+  if (!output.wanted()) {
+    generation.reason = StopReason::kNotWanted;
+  }
+  return generation;
+}
+
+}  // namespace mvlm

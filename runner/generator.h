@@ -1,0 +1,59 @@
+// The loop that turns a prompt into tokens and tokens into text. Knows nothing about files,
+// pictures or flags.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <string_view>
+#include <vector>
+
+#include "runner/model.h"
+#include "runner/prompt.h"
+#include "runner/result.h"
+#include "runner/sampler.h"
+#include "runner/tokenizer.h"
+
+namespace mvlm {
+
+enum class StopReason {
+  kEndOfText,     // the model gave one of its end tokens
+  kStopString,    // the text contains a stop string
+  kMaxNewTokens,  // as many tokens as allowed
+  kInterrupted,   // `interrupted` was set
+  kNotWanted,     // on_text() said so
+};
+
+// "end of text" and so on, for people and for stats.
+std::string_view ToString(StopReason reason);
+
+struct Generation {
+  std::vector<int64_t> tokens;  // all that were sampled, an end token included
+  StopReason reason = StopReason::kMaxNewTokens;
+  double prefill_ms = 0;      // embedding the prompt and running the model over it
+  double first_token_ms = 0;  // until the first token was sampled; 0 if none was
+  double decode_ms = 0;       // running the model over the tokens after that
+  int64_t decode_tokens = 0;  // how many times it ran in decode_ms: the first token is prefill's
+};
+
+struct GenerationRequest {
+  const TokenizedPrompt& prompt;
+  const std::vector<float>& image_embeddings;  // [prompt.image_tokens, hidden]; may be empty
+  int64_t max_new_tokens = 1;                  // >= 1; prompt and new tokens fit into the KV cache
+  // Called with parts of the answer as soon as they are certain: never empty, whole UTF-8
+  // characters, no white space at the answer's ends, nothing from a stop string on. Returns
+  // whether more is wanted.
+  std::function<bool(std::string_view)> on_text;
+  // Set from a signal handler or another thread to stop after the current token.
+  const std::atomic<bool>& interrupted;
+};
+
+// Runs the model over the whole prompt in one call and then over one token at a time. All of the
+// text was passed to on_text() when this returns, also when it was interrupted.
+//
+// Failure if the model fails or gives logits that are not finite.
+Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& sampler,
+                            const GenerationRequest& request);
+
+}  // namespace mvlm

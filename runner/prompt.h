@@ -1,0 +1,63 @@
+// From a question to the text pieces that the tokenizer sees, and how many tokens fit. Pure
+// functions; nothing here knows a tokenizer, a model or a file.
+
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "runner/result.h"
+
+namespace mvlm {
+
+// How a model wants to be asked; read from the .pte.
+struct PromptFormat {
+  std::string prompt_template;  // contains "{prompt}" exactly once
+  std::string image_marker;     // e.g. "<image>": stands where the picture's embeddings go
+  std::string image_prefix;     // e.g. "<image>\n": put before a question that has no marker
+};
+
+struct Question {
+  std::string_view text;
+  bool has_image = false;
+  // The text is the whole prompt already: it is put into no template and gets no image prefix.
+  bool raw = false;
+};
+
+// The texts around the picture: one piece for a prompt without a picture, two for a prompt with
+// one. Every piece is to be tokenized on its own. Pieces may be empty.
+//
+// InvalidInput: the question is empty or only white space, is not UTF-8, has a marker but no
+// picture, has several markers, or is raw and does not say where its picture goes.
+Result<std::vector<std::string>> PromptPieces(const PromptFormat& format, const Question& question);
+
+// The token ids of a prompt, by piece, as PromptPieces() gave them; BOS is the first id of the
+// first piece. The picture's embeddings go between piece 0 and piece 1.
+struct TokenizedPrompt {
+  std::vector<std::vector<int64_t>> pieces;
+  int64_t image_tokens = 0;  // positions the picture takes; 0 without one
+
+  int64_t positions() const;
+};
+
+// The number of positions to work with: `requested`, or all that the .pte has. InvalidInput if
+// the request is below 2 (one for the prompt, one for the answer) or above the .pte's.
+Result<int64_t> ResolveSeqLen(std::optional<int64_t> requested, int64_t max_context_len);
+
+// The number of new tokens to stop after when nobody asked for another number: what the MobileVLM
+// reference does.
+inline constexpr int64_t kDefaultMaxNewTokens = 512;
+
+// How many tokens may be generated after a prompt of `prompt_positions`: `requested` (default
+// kDefaultMaxNewTokens) or what is left of `seq_len`, whichever is less.
+//
+// `max_prompt_len` is the most positions that one call of the decoder takes. InvalidInput if the
+// prompt is longer than that or leaves no room for a single new token; the message says how many
+// positions the prompt takes and how many fit.
+Result<int64_t> ResolveMaxNewTokens(std::optional<int64_t> requested, int64_t prompt_positions,
+                                    int64_t seq_len, int64_t max_prompt_len);
+
+}  // namespace mvlm

@@ -1,0 +1,70 @@
+#include "runner/stats.h"
+
+#include <nlohmann/json.hpp>
+
+#include "runner/contract.h"
+
+namespace mvlm {
+
+std::string MvlmVersion() { return MVLM_VERSION; }
+
+std::string ExecuTorchVersion() { return MVLM_EXECUTORCH_VERSION; }
+
+double TokensPerSecond(int64_t tokens, double ms) {
+  return tokens > 0 && ms > 0 ? 1000.0 * static_cast<double>(tokens) / ms : 0.0;
+}
+
+std::string ToJson(const RunStats& stats) {
+  using Json = nlohmann::ordered_json;
+  Json json;
+  json["model"] = {
+      {"path", stats.model_path},
+      {"name", stats.model_name},
+      {"checkpoint_id", stats.checkpoint_id},
+      {"exported_by", stats.exporter_version},
+      {"bytes", stats.model_bytes},
+  };
+  if (stats.image.has_value()) {
+    json["image"] = {
+        {"path", stats.image->path},
+        {"width", stats.image->width},
+        {"height", stats.image->height},
+        {"tokens", stats.image->tokens},
+        {"decode_ms", stats.image->decode_ms},
+        {"preprocess_ms", stats.image->preprocess_ms},
+    };
+  } else {
+    json["image"] = nullptr;
+  }
+  json["load_ms"] = stats.load_ms;
+  json["image_encode_ms"] = stats.image.has_value() ? Json(stats.image->encode_ms) : Json(nullptr);
+  json["prompt_tokens"] = stats.prompt_tokens;
+  json["prefill_ms"] = stats.prefill_ms;
+  json["prefill_tokens_per_second"] = TokensPerSecond(stats.prompt_tokens, stats.prefill_ms);
+  json["time_to_first_token_ms"] = stats.time_to_first_token_ms;
+  json["decode_tokens"] = stats.decode_tokens;
+  json["decode_ms"] = stats.decode_ms;
+  json["decode_tokens_per_second"] = TokensPerSecond(stats.decode_tokens, stats.decode_ms);
+  json["tokens"] = stats.tokens;
+  json["stop_reason"] = stats.stop_reason;
+  json["seq_len"] = stats.seq_len;
+  json["max_new_tokens"] = stats.max_new_tokens;
+  json["sampling"] = {
+      {"temperature", stats.temperature},
+      {"top_p", stats.top_p},
+      {"top_k", stats.top_k},
+      {"seed", stats.seed},
+  };
+  json["peak_rss_bytes"] = stats.memory.peak_rss_bytes;
+  json["peak_anonymous_bytes"] = stats.memory.peak_anonymous_bytes;
+  json["threads"] = stats.threads;
+  json["versions"] = {
+      {"mvlm", MvlmVersion()},
+      {"executorch", ExecuTorchVersion()},
+      {"contract", contract::kFormatVersion},
+  };
+  // Paths need not be UTF-8; JSON must be.
+  return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
+}  // namespace mvlm

@@ -1,0 +1,133 @@
+"""An mvlm ``.pte`` as three functions and its metadata.
+
+Knows the contract of the file; knows nothing of text, pictures or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.runtime import Program, Runtime
+from torch import Tensor
+
+import mvlm.ops
+from mvlm.export.contract import (
+    CONSTANT_METHODS,
+    TEXT_DECODER,
+    TOKEN_EMBEDDING,
+    TOKENIZER,
+    VISION_ENCODER,
+    Metadata,
+)
+
+#: Constant methods whose value is a sequence; ExecuTorch returns every element as an output of its own.
+_SEQUENCES = {"get_eos_ids", "mvlm_stop_strings", "mvlm_image_mean", "mvlm_image_std", "mvlm_image_pad_color"}
+
+#: "ET" and the version at byte 4 of the flatbuffer, "eh00" of the extended header at byte 8; the header's length at
+#: byte 12 and its fields after it, little-endian 64-bit. From ExecuTorch's documentation of the PTE file format.
+_HEADER_SIZE = 64
+
+
+class PteError(ValueError):
+    """The file is no usable mvlm ``.pte``; the message says why."""
+
+
+def check_pte_file(path: Path) -> None:
+    """Checks what can be told from a file's header: that it is a ``.pte``, and all of it.
+
+    ExecuTorch maps the file into memory and would be killed on touching a page that a truncated file lacks.
+
+    Raises:
+        PteError: no such file, no ExecuTorch program, or shorter than its header says.
+    """
+    if not path.is_file():
+        raise PteError(f"{path}: {'is no file' if path.exists() else 'no such file'}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(_HEADER_SIZE)
+    if len(header) < _HEADER_SIZE or header[4:6] != b"ET" or header[8:12] != b"eh00":
+        raise PteError(f"{path}: is no ExecuTorch program; make one with: python -m mvlm.export --pte-name {path.name}")
+
+    def field(offset: int) -> int:
+        return int.from_bytes(header[offset : offset + 8], "little")
+
+    program_size, segment_base = field(16), field(24)
+    header_length = int.from_bytes(header[12:16], "little")
+    segment_size = field(32) if header_length >= 32 else 0
+    expected = max(program_size, segment_base + segment_size)
+    if size < expected:
+        raise PteError(f"{path}: is truncated: {size:,} bytes, its header says {expected:,}; export or copy it again")
+
+
+class PteProgram:
+    """The methods of an mvlm ``.pte``.
+
+    Every method is loaded from a program of its own, because ExecuTorch's Python runtime lets the methods of one
+    program share their planned memory: a call of ``token_embedding`` would write over ``text_decoder``'s KV cache.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        metadata: what the file says about itself.
+        tokenizer: the SentencePiece model in the file.
+
+    Raises:
+        PteError: the file is missing, broken, or not made by ``mvlm.export``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        check_pte_file(self.path)
+        mvlm.ops.load_native_library()
+        program = self._load_program()
+        missing = {VISION_ENCODER, TOKEN_EMBEDDING, TEXT_DECODER, TOKENIZER, *CONSTANT_METHODS} - program.method_names
+        if missing:
+            raise PteError(
+                f"{self.path}: is an ExecuTorch program, but not one of mvlm's: it lacks {', '.join(sorted(missing))} "
+                f"and has {', '.join(sorted(program.method_names))}; make one with: python -m mvlm.export"
+            )
+        values: dict[str, Any] = {}
+        for name in CONSTANT_METHODS:
+            outputs = self._execute(program, name, [])
+            values[name] = list(outputs) if name in _SEQUENCES else outputs[0]
+        try:
+            self.metadata = Metadata.from_constant_methods(values)
+        except ValueError as error:
+            raise PteError(f"{self.path}: {error}") from error
+        self.tokenizer = bytes(self._execute(program, TOKENIZER, [])[0].numpy())
+        self._programs: dict[str, Program] = {}
+
+    def vision_encoder(self, pixel_values: Tensor) -> Tensor:
+        """Image embeddings float32 [1, T, D] of pixels float32 [1, 3, S, S]."""
+        return self._run(VISION_ENCODER, [pixel_values])
+
+    def token_embedding(self, ids: Tensor) -> Tensor:
+        """Token embeddings float32 [1, n, D] of ids int64 [1, n]."""
+        return self._run(TOKEN_EMBEDDING, [ids])
+
+    def text_decoder(self, embeddings: Tensor, start_pos: int) -> Tensor:
+        """Logits float32 [V] of the last of n positions, after running embeddings [1, n, D] from ``start_pos`` on."""
+        return self._run(TEXT_DECODER, [embeddings, torch.tensor([start_pos])])[0, -1]
+
+    def _run(self, method: str, inputs: Sequence[Tensor]) -> Tensor:
+        if method not in self._programs:
+            self._programs[method] = self._load_program()
+        return self._execute(self._programs[method], method, inputs)[0]
+
+    def _load_program(self) -> Program:
+        try:
+            return Runtime.get().load_program(self.path)
+        except RuntimeError as error:
+            raise PteError(f"{self.path}: ExecuTorch cannot load it: {error}") from error
+
+    def _execute(self, program: Program, name: str, inputs: Sequence[Tensor]) -> Sequence[Any]:
+        try:
+            method = program.load_method(name)
+            assert method is not None
+            return method.execute([tensor.contiguous() for tensor in inputs])
+        except RuntimeError as error:
+            raise PteError(f"{self.path}: method {name} failed: {error}") from error

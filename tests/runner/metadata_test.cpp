@@ -1,0 +1,133 @@
+#include "runner/metadata.h"
+
+#include <gtest/gtest.h>
+
+#include "runner/contract.h"
+
+namespace mvlm {
+namespace {
+
+Constants Good() {
+  return {
+      {contract::kMaxSeqLen, {int64_t{768}}},
+      {contract::kMaxContextLen, {int64_t{768}}},
+      {contract::kBosId, {int64_t{1}}},
+      {contract::kEosIds, {int64_t{2}, int64_t{7}}},
+      {contract::kVocabSize, {int64_t{32000}}},
+      {contract::kUseKvCache, {true}},
+      {contract::kUseSdpaWithKvCache, {true}},
+      {contract::kEnableDynamicShape, {true}},
+      {contract::kFormat, {int64_t{1}}},
+      {contract::kVersion, {"0.1.0"}},
+      {contract::kModelName, {"demo"}},
+      {contract::kCheckpointId, {"sha256:00"}},
+      {contract::kRecipe, {"{}"}},
+      {contract::kPromptTemplate, {"USER: {prompt} ASSISTANT:"}},
+      {contract::kImageMarker, {"<image>"}},
+      {contract::kImagePrefix, {"<image>\n"}},
+      {contract::kStopStrings, {"</s>"}},
+      {contract::kImageSize, {int64_t{336}}},
+      {contract::kImageMean, {0.5, 0.25, 0.125}},
+      {contract::kImageStd, {0.5, 0.5, 1.0}},
+      {contract::kImagePadColor, {int64_t{122}, int64_t{116}, int64_t{104}}},
+      {contract::kImageTokens, {int64_t{144}}},
+      {contract::kTokenizer, {"bytes"}},
+  };
+}
+
+Constants With(const char* name, std::vector<Constant> outputs) {
+  Constants constants = Good();
+  constants[name] = std::move(outputs);
+  return constants;
+}
+
+std::string Complaint(const Constants& constants, bool has_vision = true) {
+  const Result<Metadata> metadata = ParseMetadata(constants, has_vision);
+  return metadata.ok() ? "" : metadata.error().message;
+}
+
+TEST(ParseMetadata, ReadsAllFields) {
+  const Result<Metadata> metadata = ParseMetadata(Good(), true);
+  ASSERT_TRUE(metadata.ok()) << metadata.error().message;
+  EXPECT_EQ(metadata->max_context_len, 768);
+  EXPECT_EQ(metadata->eos_ids, (std::vector<int64_t>{2, 7}));
+  EXPECT_EQ(metadata->prompt.image_prefix, "<image>\n");
+  EXPECT_EQ(metadata->vision->format.mean, (std::array<double, 3>{0.5, 0.25, 0.125}));
+  EXPECT_EQ(metadata->vision->format.pad_color, (std::array<uint8_t, 3>{122, 116, 104}));
+  EXPECT_EQ(metadata->vision->tokens, 144);
+}
+
+TEST(ParseMetadata, TheTestKnowsEveryConstant) {
+  EXPECT_EQ(Good().size(), ContractConstants().size());
+  for (const std::string& name : ContractConstants()) {
+    EXPECT_EQ(Good().count(name), 1u) << name;
+  }
+}
+
+TEST(ParseMetadata, NamesWhateverIsMissing) {
+  for (const std::string& name : ContractConstants()) {
+    if (name == contract::kUseSdpaWithKvCache) {
+      continue;  // for other runners; this one does not care how attention is computed
+    }
+    Constants constants = Good();
+    constants.erase(name);
+    EXPECT_NE(Complaint(constants).find("constant method " + name + " is missing"),
+              std::string::npos)
+        << name << ": " << Complaint(constants);
+  }
+}
+
+TEST(ParseMetadata, AModelWithoutVisionNeedsNoImageConstants) {
+  Constants constants = Good();
+  for (const char* name : {contract::kImageMarker, contract::kImagePrefix, contract::kImageSize,
+                           contract::kImageMean, contract::kImageStd, contract::kImagePadColor,
+                           contract::kImageTokens}) {
+    constants.erase(name);
+  }
+  EXPECT_EQ(Complaint(constants, false), "");
+  EXPECT_NE(Complaint(constants, true), "");
+}
+
+TEST(ParseMetadata, AnotherProgramsFileIsCalledThat) {
+  EXPECT_NE(Complaint({}).find("not an mvlm .pte"), std::string::npos);
+  EXPECT_NE(Complaint({{contract::kMaxSeqLen, {int64_t{128}}}}).find("not an mvlm .pte"),
+            std::string::npos);
+}
+
+TEST(ParseMetadata, RefusesANewerFormat) {
+  EXPECT_NE(Complaint(With(contract::kFormat, {int64_t{2}})).find("newer"), std::string::npos);
+}
+
+TEST(ParseMetadata, RefusesValuesThatCannotBe) {
+  const std::pair<const char*, std::vector<Constant>> cases[] = {
+      {contract::kMaxContextLen, {int64_t{0}}},
+      {contract::kMaxContextLen, {INT64_MAX}},
+      {contract::kMaxContextLen, {"768"}},
+      {contract::kMaxContextLen, {}},
+      {contract::kBosId, {int64_t{32000}}},
+      {contract::kEosIds, {}},
+      {contract::kEosIds, {int64_t{-1}}},
+      {contract::kUseKvCache, {false}},
+      {contract::kEnableDynamicShape, {int64_t{0}}},
+      {contract::kPromptTemplate, {"no place for it"}},
+      {contract::kPromptTemplate, {"{prompt}{prompt}"}},
+      {contract::kImagePrefix, {"no marker"}},
+      {contract::kImageMarker, {""}},
+      {contract::kImageSize, {int64_t{1} << 40}},
+      {contract::kImageMean, {0.5, 0.5}},
+      {contract::kImageStd, {0.5, 0.0, 0.5}},
+      {contract::kImageStd, {0.5, std::numeric_limits<double>::quiet_NaN(), 0.5}},
+      {contract::kImagePadColor, {int64_t{256}, int64_t{0}, int64_t{0}}},
+  };
+  for (const auto& [name, outputs] : cases) {
+    EXPECT_NE(Complaint(With(name, outputs)).find("constant method"), std::string::npos) << name;
+  }
+}
+
+TEST(ParseMetadata, TakesIntegersForBoolsAndFloats) {
+  EXPECT_EQ(Complaint(With(contract::kUseKvCache, {int64_t{1}})), "");
+  EXPECT_EQ(Complaint(With(contract::kImageMean, {int64_t{0}, int64_t{0}, int64_t{0}})), "");
+}
+
+}  // namespace
+}  // namespace mvlm

@@ -1,0 +1,97 @@
+#include "runner/prompt.h"
+
+#include <gtest/gtest.h>
+
+namespace mvlm {
+namespace {
+
+const PromptFormat kFormat = {"System. USER: {prompt} ASSISTANT:", "<image>", "<image>\n"};
+using Pieces = std::vector<std::string>;
+
+Result<Pieces> Ask(std::string_view text, bool has_image, bool raw = false) {
+  return PromptPieces(kFormat, {text, has_image, raw});
+}
+
+std::string Complaint(const Result<Pieces>& result) {
+  EXPECT_FALSE(result.ok());
+  EXPECT_EQ(result.error().kind, ErrorKind::kInvalidInput);
+  return result.error().message;
+}
+
+TEST(PromptPieces, PutsThePictureInFrontOfTheQuestion) {
+  EXPECT_EQ(*Ask("What?", true), (Pieces{"System. USER: ", "\nWhat? ASSISTANT:"}));
+}
+
+TEST(PromptPieces, OrWhereTheQuestionSays) {
+  EXPECT_EQ(*Ask("Is <image> red?", true),
+            (Pieces{"System. USER: Is ", " red? ASSISTANT:"}));
+}
+
+TEST(PromptPieces, WithoutAPictureThereIsOnePiece) {
+  EXPECT_EQ(*Ask("What?", false), (Pieces{"System. USER: What? ASSISTANT:"}));
+}
+
+TEST(PromptPieces, ARawPromptIsTakenAsItIs) {
+  EXPECT_EQ(*Ask(" Q: What? A:", false, true), (Pieces{" Q: What? A:"}));
+  EXPECT_EQ(*Ask("<image>", true, true), (Pieces{"", ""}));
+  EXPECT_NE(Complaint(Ask("What?", true, true)).find("put <image> into it"), std::string::npos);
+}
+
+TEST(PromptPieces, TheQuestionIsNotATemplate) {
+  EXPECT_EQ(*Ask("{prompt}", false), (Pieces{"System. USER: {prompt} ASSISTANT:"}));
+}
+
+TEST(PromptPieces, RefusesWhatCannotBeAsked) {
+  EXPECT_NE(Complaint(Ask("", false)).find("empty"), std::string::npos);
+  EXPECT_NE(Complaint(Ask(" \n\t", true)).find("empty"), std::string::npos);
+  EXPECT_NE(Complaint(Ask("ab\xFFz", true)).find("not valid UTF-8: byte 2"), std::string::npos);
+  EXPECT_NE(Complaint(Ask("<image> what?", false)).find("no picture was given"),
+            std::string::npos);
+  EXPECT_NE(Complaint(Ask("<image> and <image>", true)).find("2 times"), std::string::npos);
+}
+
+TEST(PromptPieces, AModelWithoutAMarkerTakesAnyText) {
+  EXPECT_TRUE(PromptPieces({"{prompt}", "", ""}, {"<image>", false, false}).ok());
+}
+
+TEST(TokenizedPrompt, CountsPieceAndPicturePositions) {
+  EXPECT_EQ((TokenizedPrompt{{{1, 5, 6}, {7}}, 144}.positions()), 148);
+  EXPECT_EQ((TokenizedPrompt{{{1}}, 0}.positions()), 1);
+}
+
+TEST(ResolveSeqLen, DefaultsToAllAndStaysWithin) {
+  EXPECT_EQ(*ResolveSeqLen(std::nullopt, 768), 768);
+  EXPECT_EQ(*ResolveSeqLen(768, 768), 768);
+  EXPECT_EQ(*ResolveSeqLen(2, 768), 2);
+  for (const int64_t bad : {int64_t{-1}, int64_t{0}, int64_t{1}, int64_t{769}, INT64_MAX}) {
+    const auto result = ResolveSeqLen(bad, 768);
+    ASSERT_FALSE(result.ok()) << bad;
+    EXPECT_NE(result.error().message.find("2 to 768"), std::string::npos);
+  }
+}
+
+TEST(ResolveMaxNewTokens, DefaultsToTheReferencesOrWhatFits) {
+  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 100, 768, 768), kDefaultMaxNewTokens);
+  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 194, 600, 768), 406);
+}
+
+TEST(ResolveMaxNewTokens, ARequestIsCutToWhatFits) {
+  EXPECT_EQ(*ResolveMaxNewTokens(7, 194, 768, 768), 7);
+  EXPECT_EQ(*ResolveMaxNewTokens(INT64_MAX, 194, 768, 768), 574);
+}
+
+TEST(ResolveMaxNewTokens, APromptMustLeaveRoomForOneToken) {
+  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 767, 768, 768), 1);
+  const auto full = ResolveMaxNewTokens(std::nullopt, 768, 768, 768);
+  ASSERT_FALSE(full.ok());
+  EXPECT_NE(full.error().message.find("takes 768 tokens"), std::string::npos);
+  EXPECT_NE(full.error().message.find("at most 767 fit"), std::string::npos);
+}
+
+TEST(ResolveMaxNewTokens, APromptMustFitIntoOneCall) {
+  EXPECT_TRUE(ResolveMaxNewTokens(std::nullopt, 128, 768, 128).ok());
+  EXPECT_FALSE(ResolveMaxNewTokens(std::nullopt, 129, 768, 128).ok());
+}
+
+}  // namespace
+}  // namespace mvlm
