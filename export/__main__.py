@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mvlm.export import demo
 from mvlm.export.errors import ExportError
+from mvlm.export.progress import Progress, quiet_libraries
 from mvlm.export.recipe import RECIPES, SCALE_ALGORITHMS, Recipe, mobile
 
 EPILOG = """\
@@ -49,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--vision-tower",
         metavar="DIR|ID",
-        help="CLIP checkpoint for a model that carries none (MobileVLM V1); default: what the model's config.json names",
+        help="CLIP checkpoint for a model that carries none, MobileVLM V1 (default: what its config.json names)",
     )
     parser.add_argument(
         "--recipe", choices=sorted(RECIPES), default=defaults.name, help="named recipe (default: %(default)s)"
@@ -96,8 +97,9 @@ def run(options: argparse.Namespace) -> None:
     if options.model is None and options.vision_tower is not None:
         raise ExportError("--vision-tower goes with --model; the bundled demo checkpoint has its own")
     # Late, because it imports torch, torchao and executorch: --help and wrong flags answer at once.
+    quiet_libraries()
     from mvlm.export.package import write_artifacts
-    from mvlm.export.pipeline import Progress, export_checkpoint
+    from mvlm.export.pipeline import export_checkpoint
 
     progress = Progress(options.quiet)
     model = options.model

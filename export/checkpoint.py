@@ -41,9 +41,7 @@ VISION_TOWER_NAMES: NameTable = (
 )
 
 #: What a CLIP checkpoint holds besides its vision tower.
-CLIP_TEXT_NAMES: NameTable = (
-    (r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale", None),
-)
+CLIP_TEXT_NAMES: NameTable = ((r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale", None),)
 
 #: Projectors by ``mm_projector_type``, below ``model.mm_projector.``.
 PROJECTOR_NAMES: dict[str, NameTable] = {
@@ -270,9 +268,7 @@ def resolve_folder(name: str, role: str) -> Path:
     if folder.exists():
         raise ExportError(f"{role} {name}: is a file; a folder with config.json and weights, or a hub id, is expected")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ExportError(
-            f"{role} {name}: no such folder, and no hub id either (those look like mtgv/MobileVLM-1.7B)"
-        )
+        raise ExportError(f"{role} {name}: no such folder, and no hub id either (those look like mtgv/MobileVLM-1.7B)")
     import huggingface_hub  # here, because most runs never need it
 
     try:

@@ -81,9 +81,7 @@ class Metadata:
 
     def __post_init__(self) -> None:
         if self.prompt_template.count(PROMPT_PLACEHOLDER) != 1:
-            raise ValueError(
-                f"the prompt template must contain {PROMPT_PLACEHOLDER} once: {self.prompt_template!r}"
-            )
+            raise ValueError(f"the prompt template must contain {PROMPT_PLACEHOLDER} once: {self.prompt_template!r}")
 
     def to_constant_methods(self) -> dict[str, Any]:
         """Name -> value of every constant method but the tokenizer."""

@@ -9,10 +9,12 @@ ExecuTorch's own kernel.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import executorch.backends.xnnpack._passes as xnnpack_passes
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
     XnnpackDynamicallyQuantizedPartitioner,
@@ -62,6 +64,22 @@ class _CountsWhatItTakes:
         self.partitions = 0
         self.operators: Counter[str] = Counter()
 
+    def ops_to_not_decompose(self, exported_program: ExportedProgram) -> tuple[list[Any], Any]:
+        """What XNNPACK wants left whole, decided per operator where all its calls agree.
+
+        ExecuTorch lets a partitioner decide call by call, and then traces the whole program twice more for each
+        partitioner. In our models every call of an operator is taken or none is, so a plain list says the same.
+        """
+        operators, is_wanted = super().ops_to_not_decompose(exported_program)  # type: ignore[misc]
+        wanted = []
+        for operator in operators:
+            verdicts = {is_wanted(node) for node in exported_program.graph.nodes if node.target == operator}
+            if len(verdicts) == 2:
+                return operators, is_wanted
+            if verdicts == {True}:
+                wanted.append(operator)
+        return wanted, None
+
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         result: PartitionResult = super().partition(exported_program)  # type: ignore[misc]
         self.partitions = len(result.partition_tags)
@@ -79,6 +97,47 @@ class _DynamicallyQuantized(_CountsWhatItTakes, XnnpackDynamicallyQuantizedParti
 
 class _Float32(_CountsWhatItTakes, XnnpackPartitioner):
     pass
+
+
+#: XNNPACK's passes over the inside of a delegate -> operators without any of which the pass changes nothing. The
+#: passes that are not named here always run.
+_PASS_ACTS_ON = {
+    "DimOrderOpsRevertPass": {"dim_order_ops._to_dim_order_copy", "dim_order_ops._empty_dim_order"},
+    "ConvertToUpsampleBilinear2d": {"aten.index", "aten.upsample_bilinear2d"},
+    "ConvertToLinearPass": {"aten.mm", "aten.addmm", "aten.bmm"},
+    "ConvertToSDPAPass": {"aten._softmax"},
+    "FuseBatchNormPass": {"aten.native_batch_norm", "aten._native_batch_norm_legit_no_training"},
+    "DecomposeBatchNorm": {"aten.native_batch_norm", "aten._native_batch_norm_legit_no_training"},
+    "FuseActivationPass": {"aten.relu", "aten.hardtanh"},
+    "DecomposeConcatenate": {"aten.cat"},
+    "RemoveGetItemPass": {"aten.max_pool2d_with_indices", "aten.max"},
+    "InsertPadQDQPass": {"aten.constant_pad_nd"},
+    "Conv1dUnsqueezePass": {"aten.convolution"},
+    "PReLUReshapePass": {"aten._prelu_kernel"},
+    "RemoveRedundantCopyPass": {"aten._to_copy"},
+}
+
+
+@contextmanager
+def skipping_idle_passes() -> Iterator[None]:
+    """Leaves out those of XNNPACK's passes that have nothing to act on in a delegate.
+
+    XNNPACK runs 17 passes over each of some hundred delegates, and every pass traces the delegate anew whether it
+    changes anything or not; that was most of the time an export took.
+    """
+    original = xnnpack_passes._transform
+
+    def transform(program: ExportedProgram, pass_: Any) -> ExportedProgram:
+        acts_on = _PASS_ACTS_ON.get(type(pass_).__name__)
+        if acts_on is not None and not any(_packet(node) in acts_on for node in program.graph.nodes):
+            return program
+        return original(program, pass_)
+
+    xnnpack_passes._transform = transform
+    try:
+        yield
+    finally:
+        xnnpack_passes._transform = original
 
 
 @dataclass(frozen=True)
@@ -120,16 +179,15 @@ def lower(methods: Mapping[str, ExportedProgram], constant_methods: Mapping[str,
     Raises:
         ExportError: a quantized linear stayed outside the delegates, where it would run many times slower.
     """
-    partitioners = {
-        name: [_DynamicallyQuantized(), _Float32()] for name in methods if name in DELEGATED_METHODS
-    }
-    edge = to_edge_transform_and_lower(
-        dict(methods),
-        partitioner={name: partitioners.get(name, []) for name in methods},
-        constant_methods=dict(constant_methods),
-        # The verifier knows only ATen's operators and would refuse ours.
-        compile_config=EdgeCompileConfig(_check_ir_validity=False),
-    )
+    partitioners = {name: [_DynamicallyQuantized(), _Float32()] for name in methods if name in DELEGATED_METHODS}
+    with skipping_idle_passes():
+        edge = to_edge_transform_and_lower(
+            dict(methods),
+            partitioner={name: partitioners.get(name, []) for name in methods},
+            constant_methods=dict(constant_methods),
+            # The verifier knows only ATen's operators and would refuse ours.
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
     delegation = []
     for name in methods:
         left = _operators_left(edge.exported_program(name).graph.nodes)

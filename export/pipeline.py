@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import resource
-import sys
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +12,7 @@ from mvlm.export.contract import Metadata
 from mvlm.export.files import check_writable
 from mvlm.export.lower import delegation_table, lower
 from mvlm.export.package import constant_methods, describe, write_pte
+from mvlm.export.progress import Progress
 from mvlm.export.quantize import QuantizationReport, quantize
 from mvlm.export.recipe import Recipe
 
@@ -38,65 +32,6 @@ class Exported:
     size: int
     metadata: Metadata
     tokenizer: bytes
-
-
-def peak_memory_mib() -> float:
-    """Largest resident set of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
-
-
-class Progress:
-    """Says what is done on stderr: a line per stage, with the time it took and the memory peak so far.
-
-    On a terminal the line of a stage counts the seconds while it runs.
-    """
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self._start = time.monotonic()
-
-    def say(self, text: str) -> None:
-        if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
-
-    @contextmanager
-    def stage(self, title: str) -> Iterator[None]:
-        begin = time.monotonic()
-        done = threading.Event()
-        ticker = None
-        if not self.quiet and sys.stderr.isatty():
-
-            def tick() -> None:
-                while not done.wait(1.0):
-                    print(f"\r{title:<44}{time.monotonic() - begin:7.1f} s", end="", file=sys.stderr, flush=True)
-
-            ticker = threading.Thread(target=tick, daemon=True)
-            ticker.start()
-        else:
-            self.say(f"{title} …")
-        try:
-            yield
-        finally:
-            done.set()
-            if ticker:
-                ticker.join()
-                print("\r", end="", file=sys.stderr)
-        now = time.monotonic()
-        self.say(
-            f"{title:<44}{now - begin:7.1f} s   elapsed {now - self._start:6.1f} s   "
-            f"peak {peak_memory_mib():6.0f} MiB"
-        )
-
-
-def quiet_libraries() -> None:
-    """Silences what torch, torchao and ExecuTorch say about their own internals on every export.
-
-    Their errors are raised, not logged, and still reach the user.
-    """
-    warnings.filterwarnings("ignore", module=r"(torch|torchao|executorch|copyreg)(\..*)?")
-    for name in ("torch", "torchao", "executorch", "root"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quantize_checkpoint(checkpoint: LoadedCheckpoint, recipe: Recipe, say: Callable[[str], None]) -> QuantizationReport:
@@ -128,7 +63,6 @@ def export_checkpoint(
         OSError: the file could not be written.
     """
     progress = progress or Progress(quiet=True)
-    quiet_libraries()
     check_writable(path)
     with progress.stage("load checkpoint"):
         checkpoint = load(model, vision_tower)

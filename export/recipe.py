@@ -44,6 +44,18 @@ class Recipe:
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: ``text`` is no JSON, or has other fields than a recipe.
+        """
+        try:
+            return cls(**json.loads(text))
+        except TypeError as error:
+            raise ValueError(f"{text} is no recipe: {error}") from error
+
 
 def mobile() -> Recipe:
     """For phones: 8da4w language model, 8-bit embedding, int8 vision, 768 positions."""

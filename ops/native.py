@@ -25,7 +25,7 @@ def native_library_path() -> Path:
     Raises:
         FileNotFoundError: the library is in none of them.
     """
-    folders = [Path(entry) for entry in sys.modules[__package__].__path__]
+    folders = [Path(entry) for entry in sys.modules[__name__.rpartition(".")[0]].__path__]
     for folder in folders:
         candidate = folder / _LIBRARY_NAME
         if candidate.is_file():

@@ -92,14 +92,14 @@ class Run {
   explicit Run(const Options& options) : options_(options), progress_(options.quiet) {}
 
   Result<int> Execute() {
-    for (const auto step : {&Run::OpenStatsFile, &Run::ReadImage, &Run::OpenModel,
-                            &Run::PreparePrompt, &Run::LoadModel, &Run::EncodeImage,
-                            &Run::Generate}) {
+    for (const auto step :
+         {&Run::OpenStatsFile, &Run::ReadImage, &Run::OpenModel, &Run::PreparePrompt,
+          &Run::LoadModel, &Run::EncodeImage, &Run::Generate}) {
       if (Status status = (this->*step)(); !status.ok()) {
         return status.error();
       }
-      // Without a single token there is nothing to tell or to measure.
-      if (Interrupted() && stats_.tokens.empty()) {
+      // Before the answer has begun there is nothing to tell or to measure.
+      if (Interrupted() && stats_.stop_reason.empty()) {
         progress_.Say("interrupted");
         return kInterruptedExitCode;
       }
@@ -234,17 +234,20 @@ class Run {
     stats_.top_k = options_.top_k;
     stats_.seed = options_.seed.has_value() ? *options_.seed : RandomSeed();
     if (options_.temperature > 0.0 && !options_.seed.has_value()) {
-      progress_.Say("drawing tokens at random; for the same answer again add --seed ",
-                    stats_.seed, ", for the likeliest --temperature 0");
+      progress_.Say("drawing tokens at random; for the same answer again add --seed ", stats_.seed,
+                    ", for the likeliest --temperature 0");
     }
     Sampler sampler({options_.temperature, options_.top_k, options_.top_p, stats_.seed});
 
     AnswerStream out;
-    const GenerationRequest request = {
-        prompt_, image_embeddings_, stats_.max_new_tokens,
-        [&out](std::string_view text) { return out.Write(text); }, Interrupted()};
+    const GenerationRequest request = {prompt_, image_embeddings_, stats_.max_new_tokens,
+                                       [&out](std::string_view text) { return out.Write(text); },
+                                       Interrupted()};
     Result<Generation> generation = mvlm::Generate(*model_, *tokenizer_, sampler, request);
-    out.End();
+    // An answer may be empty; a failure should leave no half a line.
+    if (generation.ok() || out.begun()) {
+      out.End();
+    }
     if (!generation.ok()) {
       return generation.error();
     }
@@ -252,9 +255,9 @@ class Run {
       return Failure(StrCat("cannot write the answer: ", out.error()));
     }
     // A reader that went away early, like head(1), has what it wants, but not the whole answer.
-    exit_code_ = out.closed()                                      ? 1
+    exit_code_ = out.closed()                                     ? 1
                  : generation->reason == StopReason::kInterrupted ? kInterruptedExitCode
-                                                                   : 0;
+                                                                  : 0;
     Record(std::move(*generation));
     return {};
   }
@@ -283,7 +286,7 @@ class Run {
                   FormatMs(stats_.prefill_ms), " (",
                   FormatRate(TokensPerSecond(stats_.prompt_tokens, stats_.prefill_ms)),
                   " tok/s); first token after ", FormatMs(stats_.time_to_first_token_ms));
-    progress_.Say(stats_.tokens.size(), " tokens; ", stats_.decode_tokens,
+    progress_.Say(stats_.tokens.size(), " tokens of answer; ", stats_.decode_tokens,
                   " after the first in ", FormatMs(stats_.decode_ms), " (",
                   FormatRate(TokensPerSecond(stats_.decode_tokens, stats_.decode_ms)),
                   " tok/s); ended by: ", stats_.stop_reason, "; peak memory ",
@@ -317,12 +320,12 @@ Status CheckOptions(const Options& options) {
                                " is out of range: above 0 and up to 1 (1 allows every token)"));
   }
   if (options.top_k < 0) {
-    return InvalidInput(StrCat("--top_k ", options.top_k,
-                               " is out of range: 0 (every token) or more"));
+    return InvalidInput(
+        StrCat("--top_k ", options.top_k, " is out of range: 0 (every token) or more"));
   }
   if (options.max_new_tokens.value_or(1) < 1) {
-    return InvalidInput(StrCat("--max_new_tokens ", *options.max_new_tokens,
-                               " is out of range: 1 or more"));
+    return InvalidInput(
+        StrCat("--max_new_tokens ", *options.max_new_tokens, " is out of range: 1 or more"));
   }
   const int64_t threads = options.cpu_threads.value_or(1);
   if (threads < 1 || threads > kMaxThreads) {

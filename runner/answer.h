@@ -38,7 +38,7 @@ Status CheckOptions(const Options& options);
 
 // Answers the question and writes the answer to stdout and how it went to stderr. Returns the
 // exit code: 0, 2 if the flags or files are at fault, 1 for a failure, 130 if interrupted. Errors
-// have been reported by then. Statistics are written on 0 and 130.
+// have been reported by then. Statistics are written if an answer was begun and did not fail.
 //
 // Everything that can be found wrong is found before the work starts, the cheapest first. To be
 // called once in a process, after HandleSignals().

@@ -17,7 +17,8 @@ class AnswerFilter {
   // Empty stop strings are ignored.
   explicit AnswerFilter(std::vector<std::string> stop_strings);
 
-  // Appends `text` (whole UTF-8 characters) and returns what may be shown. After stopped(), nothing.
+  // Appends `text` (whole UTF-8 characters) and returns what may be shown. After stopped(),
+  // nothing.
   std::string Push(std::string_view text);
 
   // Returns the rest of the answer. To be called once, at the end.

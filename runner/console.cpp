@@ -43,8 +43,8 @@ bool AnswerStream::Write(std::string_view text) {
   if (errno_ != 0) {
     return false;
   }
-  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() ||
-      std::fflush(stdout) != 0) {
+  begun_ = true;
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
     errno_ = errno != 0 ? errno : EIO;
   }
   return errno_ == 0;

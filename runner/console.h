@@ -42,8 +42,11 @@ class AnswerStream {
  public:
   // False if stdout takes nothing more; error() says why.
   bool Write(std::string_view text);
-  // Ends the line; also to be called if nothing was written.
+  // Ends the line.
   bool End() { return Write("\n"); }
+
+  // Whether anything was written.
+  bool begun() const { return begun_; }
 
   // Whether it failed because the reader has closed the pipe, which is no fault.
   bool closed() const;
@@ -51,7 +54,8 @@ class AnswerStream {
   std::string error() const;
 
  private:
-  int errno_ = 0;
+  bool begun_ = false;
+  int errno_ = 0;  // of the first failure
 };
 
 }  // namespace mvlm

@@ -36,8 +36,8 @@ void Catch(et_timestamp_t, et_pal_log_level_t level, const char*, const char*, s
 }  // namespace
 
 void CatchExecuTorchLog() {
-  static const bool registered = executorch::runtime::register_pal(
-      executorch::runtime::PalImpl::create(Catch, __FILE__));
+  static const bool registered =
+      executorch::runtime::register_pal(executorch::runtime::PalImpl::create(Catch, __FILE__));
   (void)registered;  // if it fails the log stays on stderr, which is no reason to stop
 }
 

@@ -61,14 +61,13 @@ Result<std::string> ReadFile(const std::string& path, uint64_t max_bytes) {
     return InvalidInput(StrCat("cannot read ", path, ": ", std::strerror(errno)));
   }
   if (!S_ISREG(info.st_mode)) {
-    return InvalidInput(
-        StrCat("cannot read ", path, ": it is ", S_ISDIR(info.st_mode) ? "a folder" : "not a file"));
+    return InvalidInput(StrCat("cannot read ", path, ": it is ",
+                               S_ISDIR(info.st_mode) ? "a folder" : "not a file"));
   }
   const auto size = static_cast<uint64_t>(info.st_size);
   if (size > max_bytes) {
-    return InvalidInput(
-        StrCat("cannot read ", path, ": its ", size, " bytes are more than the ", max_bytes,
-               " that are accepted"));
+    return InvalidInput(StrCat("cannot read ", path, ": its ", size, " bytes are more than the ",
+                               max_bytes, " that are accepted"));
   }
   std::string content(size, '\0');
   size_t filled = 0;
@@ -90,6 +89,9 @@ Result<std::string> ReadFile(const std::string& path, uint64_t max_bytes) {
 }
 
 Result<PendingFile> PendingFile::Create(const std::string& path) {
+  if (path.empty()) {
+    return InvalidInput("cannot write a file without a name");
+  }
   struct stat info = {};
   if (stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
     if (S_ISDIR(info.st_mode)) {

@@ -91,12 +91,12 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
   TextOutput output(tokenizer, metadata.stop_strings, request.on_text);
   Generation generation;
 
-  // Why to stop now that generation.tokens has its newest token, if at all.
+  const auto is_end = [&metadata](int64_t token) {
+    return std::find(metadata.eos_ids.begin(), metadata.eos_ids.end(), token) !=
+           metadata.eos_ids.end();
+  };
+  // Why to stop after the newest token of the answer, if at all.
   const auto stop_reason = [&]() -> std::optional<StopReason> {
-    if (std::find(metadata.eos_ids.begin(), metadata.eos_ids.end(), generation.tokens.back()) !=
-        metadata.eos_ids.end()) {
-      return StopReason::kEndOfText;
-    }
     if (output.stopped()) {
       return StopReason::kStopString;
     }
@@ -122,6 +122,7 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
 
   int64_t position = request.prompt.positions();
   std::vector<float> embedding;
+  std::optional<StopReason> reason;
   for (Stopwatch decode;;) {
     if (!logits.ok()) {
       return logits.error();
@@ -130,16 +131,21 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
     if (!token.ok()) {
       return token.error();
     }
-    generation.tokens.push_back(*token);
-    if (generation.tokens.size() == 1) {
+    if (generation.decode_tokens == 0) {
       generation.first_token_ms = prefill.ms();
+    } else {
+      generation.decode_ms = decode.ms();
     }
+    if (is_end(*token)) {
+      reason = StopReason::kEndOfText;
+      break;
+    }
+    generation.tokens.push_back(*token);
     if (Status status = output.Push(*token); !status.ok()) {
       return status.error();
     }
-    if (const std::optional<StopReason> reason = stop_reason()) {
-      generation.reason = *reason;
-      generation.decode_ms = generation.decode_tokens > 0 ? decode.ms() : 0.0;
+    reason = stop_reason();
+    if (reason.has_value()) {
       break;
     }
     embedding.clear();
@@ -154,9 +160,7 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
     return status.error();
   }
   // The last part may be what found the output closed.
-  if (!output.wanted()) {
-    generation.reason = StopReason::kNotWanted;
-  }
+  generation.reason = output.wanted() ? *reason : StopReason::kNotWanted;
   return generation;
 }
 

@@ -29,7 +29,7 @@ enum class StopReason {
 std::string_view ToString(StopReason reason);
 
 struct Generation {
-  std::vector<int64_t> tokens;  // all that were sampled, an end token included
+  std::vector<int64_t> tokens;  // of the answer, without the end token
   StopReason reason = StopReason::kMaxNewTokens;
   double prefill_ms = 0;      // embedding the prompt and running the model over it
   double first_token_ms = 0;  // until the first token was sampled; 0 if none was

@@ -1,7 +1,8 @@
 // JPEG through libjpeg-turbo.
 //
 // libjpeg reports errors by longjmp, which must not jump over objects with destructors. So every
-// libjpeg call is made in ReadJpeg(), which has none, and what owns something lives in DecodeJpeg().
+// libjpeg call is made in ReadJpeg(), which has none, and what owns something lives in
+// DecodeJpeg().
 
 // jpeglib.h needs FILE and size_t declared before it.
 #include <cstddef>

@@ -157,8 +157,8 @@ Result<Image> DecodePng(std::string_view bytes) {
   const size_t pixels = size_t{layout.width} * layout.height;
   const size_t row_bytes = size_t{layout.width} * (layout.is_gray16 ? 2 : 3);
   if (layout.row_bytes != row_bytes) {
-    return Failure(StrCat("libpng gives rows of ", layout.row_bytes, " bytes instead of ",
-                          row_bytes));
+    return Failure(
+        StrCat("libpng gives rows of ", layout.row_bytes, " bytes instead of ", row_bytes));
   }
   std::vector<uint8_t> gray16(layout.is_gray16 ? 2 * pixels : 0);
   image.rgb.resize(3 * pixels);

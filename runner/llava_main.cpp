@@ -1,9 +1,10 @@
 // llava_main: asks a .pte a question about a picture. This file only turns flags into Options.
 
 #include <CLI/CLI.hpp>
+#include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
-#include <map>
 #include <string>
 
 #include "runner/answer.h"
@@ -34,13 +35,28 @@ std::string VersionText() {
                       ")");
 }
 
-void AddFlags(CLI::App& app, mvlm::Options& options) {
-  using mvlm::WorkspaceSharing;
-  static const std::map<std::string, WorkspaceSharing> kSharing = {
-      {"off", WorkspaceSharing::kOff},
-      {"model", WorkspaceSharing::kModel},
-      {"global", WorkspaceSharing::kGlobal}};
+// What a flag takes before it is an Options field.
+struct RawFlags {
+  std::string workspace_sharing = "global";
+};
 
+// CLI11 would wrap a negative seed around and cut a too large one.
+std::string CheckSeed(const std::string& seed) {
+  errno = 0;
+  char* end = nullptr;
+  std::strtoull(seed.c_str(), &end, 10);
+  const bool good = errno == 0 && end != seed.c_str() && *end == '\0' && seed[0] != '-';
+  return good ? "" : seed + " is not a whole number from 0 to 2^64 - 1";
+}
+
+mvlm::WorkspaceSharing ToWorkspaceSharing(const std::string& name) {
+  using mvlm::WorkspaceSharing;
+  return name == "off"     ? WorkspaceSharing::kOff
+         : name == "model" ? WorkspaceSharing::kModel
+                           : WorkspaceSharing::kGlobal;
+}
+
+void AddFlags(CLI::App& app, mvlm::Options& options, RawFlags& raw) {
   app.add_option("--model_path", options.model_path, "The .pte, made with python -m mvlm.export")
       ->required()
       ->type_name("FILE");
@@ -75,15 +91,15 @@ void AddFlags(CLI::App& app, mvlm::Options& options) {
       ->type_name("K");
   app.add_option("--seed", options.seed,
                  "The same seed gives the same answer [random; said on stderr]")
+      ->check(CLI::Validator(CheckSeed, ""))
       ->type_name("N");
   app.add_option("--cpu_threads", options.cpu_threads,
                  "Threads to compute with [as many as there are fast cores]")
       ->type_name("N");
-  app.add_option("--workspace_sharing", options.workspace_sharing,
+  app.add_option("--workspace_sharing", raw.workspace_sharing,
                  "How the parts of the model share scratch memory: off, model (within one method) "
                  "or global (all; least memory) [global]")
-      ->transform(CLI::Transformer(kSharing).description(""))
-      ->check(CLI::IsMember(kSharing).description(""))
+      ->check(CLI::IsMember({"off", "model", "global"}).description(""))
       ->type_name("MODE");
   app.add_option("--stats_path", options.stats_path, "Write times, memory and versions as JSON")
       ->type_name("FILE");
@@ -94,7 +110,8 @@ int Main(int argc, char** argv) {
   CLI::App app("Asks a vision-language model in a .pte file a question about a picture.",
                "llava_main");
   mvlm::Options options;
-  AddFlags(app, options);
+  RawFlags raw;
+  AddFlags(app, options, raw);
   app.set_help_flag("--help,-h", "Show this and exit");
   app.set_version_flag("--version", VersionText(), "Show versions and exit");
   app.footer(kExamples);
@@ -111,6 +128,7 @@ int Main(int argc, char** argv) {
     mvlm::ReportError(mvlm::StrCat(error.what(), "; see llava_main --help"));
     return kBadUsage;
   }
+  options.workspace_sharing = ToWorkspaceSharing(raw.workspace_sharing);
   mvlm::HandleSignals();
   return mvlm::AnswerQuestion(options);
 }

@@ -31,8 +31,8 @@ class Reader {
     std::vector<int64_t> values = List<int64_t>(name, "integer", min_count, max_count);
     for (const int64_t value : values) {
       if (value < low || value > high) {
-        Complain(StrCat("constant method ", name, " gives ", value, ", expected ", low, " to ",
-                        high));
+        Complain(
+            StrCat("constant method ", name, " gives ", value, ", expected ", low, " to ", high));
         return {};
       }
     }
@@ -165,16 +165,19 @@ Metadata ReadAll(Reader& reader, bool has_vision) {
   metadata.stop_strings = reader.Strings(contract::kStopStrings);
   metadata.tokenizer = reader.String(contract::kTokenizer);
   if (CountOccurrences(metadata.prompt.prompt_template, contract::kPromptPlaceholder) != 1) {
-    reader.Complain(StrCat("constant method ", contract::kPromptTemplate, " gives a template that "
-                           "does not contain ", contract::kPromptPlaceholder, " exactly once"));
+    reader.Complain(StrCat("constant method ", contract::kPromptTemplate,
+                           " gives a template that "
+                           "does not contain ",
+                           contract::kPromptPlaceholder, " exactly once"));
   }
   if (has_vision) {
     metadata.prompt.image_marker = reader.String(contract::kImageMarker);
     metadata.prompt.image_prefix = reader.String(contract::kImagePrefix);
     if (metadata.prompt.image_marker.empty() ||
         CountOccurrences(metadata.prompt.image_prefix, metadata.prompt.image_marker) != 1) {
-      reader.Complain(StrCat("constant method ", contract::kImagePrefix,
-                             " gives a prefix that does not contain the image marker exactly once"));
+      reader.Complain(
+          StrCat("constant method ", contract::kImagePrefix,
+                 " gives a prefix that does not contain the image marker exactly once"));
     }
     metadata.vision = ReadVision(reader);
   }
@@ -190,22 +193,37 @@ Metadata ReadAll(Reader& reader, bool has_vision) {
 
 const std::vector<std::string>& ContractConstants() {
   static const std::vector<std::string> names = {
-      contract::kMaxSeqLen,      contract::kMaxContextLen,      contract::kBosId,
-      contract::kEosIds,         contract::kVocabSize,          contract::kUseKvCache,
-      contract::kUseSdpaWithKvCache, contract::kEnableDynamicShape, contract::kFormat,
-      contract::kVersion,        contract::kModelName,          contract::kCheckpointId,
-      contract::kRecipe,         contract::kPromptTemplate,     contract::kImageMarker,
-      contract::kImagePrefix,    contract::kStopStrings,        contract::kImageSize,
-      contract::kImageMean,      contract::kImageStd,           contract::kImagePadColor,
-      contract::kImageTokens,    contract::kTokenizer,
+      contract::kMaxSeqLen,
+      contract::kMaxContextLen,
+      contract::kBosId,
+      contract::kEosIds,
+      contract::kVocabSize,
+      contract::kUseKvCache,
+      contract::kUseSdpaWithKvCache,
+      contract::kEnableDynamicShape,
+      contract::kFormat,
+      contract::kVersion,
+      contract::kModelName,
+      contract::kCheckpointId,
+      contract::kRecipe,
+      contract::kPromptTemplate,
+      contract::kImageMarker,
+      contract::kImagePrefix,
+      contract::kStopStrings,
+      contract::kImageSize,
+      contract::kImageMean,
+      contract::kImageStd,
+      contract::kImagePadColor,
+      contract::kImageTokens,
+      contract::kTokenizer,
   };
   return names;
 }
 
 Result<Metadata> ParseMetadata(const Constants& constants, bool has_vision) {
   if (!HasAnyOfMvlm(constants)) {
-    return InvalidInput(StrCat("not an mvlm .pte: constant method ", contract::kFormat,
-                               " is missing"));
+    return InvalidInput(
+        StrCat("not an mvlm .pte: constant method ", contract::kFormat, " is missing"));
   }
   Reader reader(constants);
   const int64_t format = reader.Int(contract::kFormat, 1, INT64_MAX);
@@ -215,7 +233,8 @@ Result<Metadata> ParseMetadata(const Constants& constants, bool has_vision) {
   }
   Metadata metadata = ReadAll(reader, has_vision);
   if (reader.complaint().has_value()) {
-    return InvalidInput(StrCat("not a proper mvlm .pte: ", *reader.complaint()));
+    return InvalidInput(
+        StrCat("not a proper mvlm .pte: ", *reader.complaint(), "; export it again"));
   }
   return metadata;
 }

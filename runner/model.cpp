@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <optional>
+#include <set>
 #include <string_view>
+#include <unordered_set>
 #include <utility>
 
 #include "runner/contract.h"
@@ -82,6 +84,14 @@ std::optional<Constant> ToConstant(const EValue& value) {
     return std::string(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
   }
   return std::nullopt;
+}
+
+std::string Join(const std::unordered_set<std::string>& names) {
+  std::string joined;
+  for (const std::string& name : std::set<std::string>(names.begin(), names.end())) {
+    joined += (joined.empty() ? "" : ", ") + name;
+  }
+  return joined;
 }
 
 // A method's declared input or output; a dynamic size is declared as its upper bound.
@@ -170,17 +180,14 @@ Status Model::ReadMetadata() {
     module_->unload_method(name);
   }
 
-  Result<Metadata> metadata =
-      ParseMetadata(constants, names->count(contract::kVisionEncoder) != 0);
+  Result<Metadata> metadata = ParseMetadata(constants, names->count(contract::kVisionEncoder) != 0);
   if (!metadata.ok()) {
-    std::vector<std::string> sorted(names->begin(), names->end());
-    std::sort(sorted.begin(), sorted.end());
-    std::string listed;
-    for (const std::string& name : sorted) {
-      listed += (listed.empty() ? "" : ", ") + name;
-    }
-    return InvalidInput(StrCat(path_, ": ", metadata.error().message, "; it has methods ", listed,
-                               "; make one with `python -m mvlm.export`"));
+    // The names tell what another program's file is; of one's own they are noise.
+    const bool is_ours = constants.count(contract::kFormat) != 0;
+    return InvalidInput(StrCat(path_, ": ", metadata.error().message,
+                               is_ours ? ""
+                                       : StrCat("; it has methods ", Join(*names),
+                                                "; make one with `python -m mvlm.export`")));
   }
   metadata_ = std::move(*metadata);
   return {};
@@ -198,13 +205,18 @@ Status Model::CheckMethods() {
   const int64_t n = metadata_.max_seq_len;
   std::vector<Expected> all = {
       {contract::kTokenEmbedding, ScalarType::Long, {1, n}, std::nullopt, {1, n, kHidden}},
-      {contract::kTextDecoder, ScalarType::Float, {1, n, kHidden}, Shape{1},
+      {contract::kTextDecoder,
+       ScalarType::Float,
+       {1, n, kHidden},
+       Shape{1},
        {1, 1, metadata_.vocab_size}},
   };
   if (metadata_.vision.has_value()) {
     const VisionMetadata& vision = *metadata_.vision;
-    all.push_back({contract::kVisionEncoder, ScalarType::Float,
-                   {1, 3, vision.format.size, vision.format.size}, std::nullopt,
+    all.push_back({contract::kVisionEncoder,
+                   ScalarType::Float,
+                   {1, 3, vision.format.size, vision.format.size},
+                   std::nullopt,
                    {1, vision.tokens, kHidden}});
   }
 
@@ -212,8 +224,8 @@ Status Model::CheckMethods() {
     const auto meta = module_->method_meta(expected.method);
     if (!meta.ok()) {
       TakeExecuTorchErrors();
-      return InvalidInput(StrCat(path_, ": not a proper mvlm .pte: method ", expected.method,
-                                 " is missing"));
+      return InvalidInput(
+          StrCat(path_, ": not a proper mvlm .pte: method ", expected.method, " is missing"));
     }
     const auto check = [&](const char* what, const EtResult<TensorInfo>& info, ScalarType type,
                            Shape shape) -> Status {
@@ -236,14 +248,14 @@ Status Model::CheckMethods() {
       return {};
     };
     std::vector<Status> checks;
-    checks.push_back(check("the input", meta->input_tensor_meta(0), expected.input_type,
-                           expected.input));
+    checks.push_back(
+        check("the input", meta->input_tensor_meta(0), expected.input_type, expected.input));
     if (expected.second_input.has_value()) {
       checks.push_back(check("the second input", meta->input_tensor_meta(1), ScalarType::Long,
                              *expected.second_input));
     }
-    checks.push_back(check("the output", meta->output_tensor_meta(0), ScalarType::Float,
-                           expected.output));
+    checks.push_back(
+        check("the output", meta->output_tensor_meta(0), ScalarType::Float, expected.output));
     for (Status& status : checks) {
       if (!status.ok()) {
         return std::move(status);

@@ -98,9 +98,16 @@ class RowResizer {
   RowResizer(const Resampling& resampling, int64_t left, int64_t width,
              const std::array<uint8_t, 3>& pad_color)
       : windows_(resampling.windows()), left_(left), right_(left + width) {
+    const auto touches = [this](const Window& window) {
+      return window.begin < right_ && window.end > left_;
+    };
+    const auto first = std::find_if(windows_.begin(), windows_.end(), touches);
+    const auto last = std::find_if_not(first, windows_.end(), touches);
+    first_ = static_cast<size_t>(first - windows_.begin());
+    last_ = static_cast<size_t>(last - windows_.begin());
     for (const Window& window : windows_) {
-      const int32_t outside = SumOfWeights(window, window.begin, left_) +
-                              SumOfWeights(window, right_, window.end);
+      const int32_t outside =
+          SumOfWeights(window, window.begin, left_) + SumOfWeights(window, right_, window.end);
       const int32_t inside = SumOfWeights(window, left_, right_);
       for (const uint8_t color : pad_color) {
         // PIL's sum begins with a half, so that the final shift rounds.
@@ -113,9 +120,10 @@ class RowResizer {
   // A row that is all padding: [size, 3].
   const std::vector<uint8_t>& padding_row() const { return padding_row_; }
 
-  // `row` is [width, 3], the picture's part of the row; `out` is [size, 3].
+  // `row` is [width, 3], the picture's part of the row; `out` is [size, 3] and holds padding_row()
+  // or what this wrote into it before: outputs that see only padding are left alone.
   void Resize(const uint8_t* row, std::vector<uint8_t>* out) const {
-    for (size_t x = 0; x < windows_.size(); ++x) {
+    for (size_t x = first_; x < last_; ++x) {
       const Window& window = windows_[x];
       const int64_t begin = std::max(window.begin, left_);
       const int64_t end = std::min(window.end, right_);
@@ -139,6 +147,8 @@ class RowResizer {
   const std::vector<Window>& windows_;
   int64_t left_;
   int64_t right_;
+  size_t first_;  // outputs [first_, last_) see the picture
+  size_t last_;
   std::vector<int32_t> padding_share_;  // [size, 3]
   std::vector<uint8_t> padding_row_;    // [size, 3]
 };
@@ -170,7 +180,7 @@ std::vector<uint8_t> PadAndResize(const Image& image, int64_t size,
       sums[y * row_length + i] = kHalf + padding_weight * rows.padding_row()[i];
     }
   }
-  std::vector<uint8_t> row(row_length);
+  std::vector<uint8_t> row = rows.padding_row();
   size_t first = 0;  // the first output row whose window may still hold the input row
   for (int64_t in = top; in < bottom; ++in) {
     rows.Resize(image.rgb.data() + 3 * (in - top) * image.width, &row);

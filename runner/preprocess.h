@@ -13,10 +13,10 @@ namespace mvlm {
 
 // Read from the .pte.
 struct ImageFormat {
-  int64_t size = 0;                      // side of the square, in pixels
-  std::array<uint8_t, 3> pad_color = {}; // RGB
-  std::array<double, 3> mean = {};       // by channel, for values in 0..1
-  std::array<double, 3> std = {};        // by channel, for values in 0..1; not 0
+  int64_t size = 0;                       // side of the square, in pixels
+  std::array<uint8_t, 3> pad_color = {};  // RGB
+  std::array<double, 3> mean = {};        // by channel, for values in 0..1
+  std::array<double, 3> std = {};         // by channel, for values in 0..1; not 0
 };
 
 // Puts `image` in the middle of a square of its longer side (offset rounded down), filled with

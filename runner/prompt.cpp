@@ -42,8 +42,7 @@ Result<std::vector<std::string>> PromptPieces(const PromptFormat& format,
     return InvalidInput("the prompt is empty; ask something, e.g. \"What is in the image?\"");
   }
   const std::string& marker = format.image_marker;
-  const bool has_marker =
-      !marker.empty() && question.text.find(marker) != std::string_view::npos;
+  const bool has_marker = !marker.empty() && question.text.find(marker) != std::string_view::npos;
   if (has_marker && !question.has_image) {
     return InvalidInput(StrCat("the prompt contains ", marker,
                                ", which stands for a picture, but no picture was given; add one "
@@ -51,9 +50,10 @@ Result<std::vector<std::string>> PromptPieces(const PromptFormat& format,
                                marker, " out of the prompt"));
   }
   if (question.raw && question.has_image && !has_marker) {
-    return InvalidInput(StrCat("a raw prompt is taken as it is, so it must say itself where the "
-                               "picture goes: put ",
-                               marker, " into it once"));
+    return InvalidInput(
+        StrCat("a raw prompt is taken as it is, so it must say itself where the "
+               "picture goes: put ",
+               marker, " into it once"));
   }
 
   std::string text(question.text);

@@ -28,8 +28,8 @@ uint64_t LittleEndian(std::string_view bytes, size_t offset, size_t length) {
 }
 
 Error NotAProgram(std::string_view why) {
-  return InvalidInput(StrCat("is not an ExecuTorch program (", why,
-                             "); make one with `python -m mvlm.export`"));
+  return InvalidInput(
+      StrCat("is not an ExecuTorch program (", why, "); make one with `python -m mvlm.export`"));
 }
 
 }  // namespace
@@ -60,11 +60,10 @@ Status CheckPteHeader(std::string_view head, uint64_t file_size) {
   const bool is_whole = program_bytes <= file_size && weights_offset <= file_size &&
                         weights_bytes <= file_size - weights_offset;
   if (!is_whole) {
-    return InvalidInput(StrCat("is cut off or damaged: its header speaks of a program of ",
-                               program_bytes, " bytes and of ", weights_bytes,
-                               " bytes of weights from byte ", weights_offset,
-                               " on, but the file has only ", file_size,
-                               " bytes; copy or export it again"));
+    return InvalidInput(
+        StrCat("is cut off or damaged: its header speaks of a program of ", program_bytes,
+               " bytes and of ", weights_bytes, " bytes of weights from byte ", weights_offset,
+               " on, but the file has only ", file_size, " bytes; copy or export it again"));
   }
   return {};
 }
@@ -75,9 +74,9 @@ Result<uint64_t> CheckPteFile(const std::string& path) {
     return InvalidInput(StrCat("cannot read ", path, ": ", std::strerror(errno)));
   }
   if (!S_ISREG(info.st_mode)) {
-    return InvalidInput(
-        StrCat("cannot read ", path, ": it is ", S_ISDIR(info.st_mode) ? "a folder" : "not a file",
-               "; name a .pte file"));
+    return InvalidInput(StrCat("cannot read ", path, ": it is ",
+                               S_ISDIR(info.st_mode) ? "a folder" : "not a file",
+                               "; name a .pte file"));
   }
   std::ifstream file(path, std::ios::binary);
   if (!file) {

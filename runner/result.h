@@ -1,6 +1,7 @@
 // How the runner library reports errors: by value, never by exception and never by exit().
 //
-// A message is written for the person who typed the command: what was given, what is allowed, what to do.
+// A message is written for the person who typed the command: what was given, what is allowed, what
+// to do.
 
 #pragma once
 

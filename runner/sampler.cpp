@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-
 namespace mvlm {
 
 std::optional<size_t> ArgMax(const float* logits, size_t size) {

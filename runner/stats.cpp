@@ -26,12 +26,9 @@ std::string ToJson(const RunStats& stats) {
   };
   if (stats.image.has_value()) {
     json["image"] = {
-        {"path", stats.image->path},
-        {"width", stats.image->width},
-        {"height", stats.image->height},
-        {"tokens", stats.image->tokens},
-        {"decode_ms", stats.image->decode_ms},
-        {"preprocess_ms", stats.image->preprocess_ms},
+        {"path", stats.image->path},           {"width", stats.image->width},
+        {"height", stats.image->height},       {"tokens", stats.image->tokens},
+        {"decode_ms", stats.image->decode_ms}, {"preprocess_ms", stats.image->preprocess_ms},
     };
   } else {
     json["image"] = nullptr;

@@ -17,12 +17,12 @@ std::string ExecuTorchVersion();
 
 struct ImageStats {
   std::string path;
-  int64_t width = 0;       // of the picture in the file
+  int64_t width = 0;  // of the picture in the file
   int64_t height = 0;
-  int64_t tokens = 0;      // positions it takes in the prompt
-  double decode_ms = 0;    // from the file to RGB
+  int64_t tokens = 0;    // positions it takes in the prompt
+  double decode_ms = 0;  // from the file to RGB
   double preprocess_ms = 0;
-  double encode_ms = 0;    // the vision encoder alone
+  double encode_ms = 0;  // the vision encoder alone
 };
 
 // All times are wall-clock times in milliseconds.
@@ -38,9 +38,9 @@ struct RunStats {
   double prefill_ms = 0;
   // From when everything is loaded until the first token is known: picture and prompt.
   double time_to_first_token_ms = 0;
-  int64_t decode_tokens = 0;  // tokens after the first
-  double decode_ms = 0;       // for them
-  std::vector<int64_t> tokens;  // the answer's
+  int64_t decode_tokens = 0;    // tokens after the first, the end token included
+  double decode_ms = 0;         // for them
+  std::vector<int64_t> tokens;  // of the answer, without the end token
   std::string stop_reason;
   int64_t seq_len = 0;
   int64_t max_new_tokens = 0;

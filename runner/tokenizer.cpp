@@ -29,9 +29,9 @@ Result<Tokenizer> Tokenizer::FromBytes(std::string_view model, const std::string
   // An empty model parses (protobuf has no required fields) and fails only later.
   const auto status = processor->LoadFromSerializedProto(model);
   if (model.empty() || !status.ok() || processor->GetPieceSize() == 0) {
-    return InvalidInput(StrCat(name, " is not a SentencePiece model (", model.size(), " bytes",
-                               status.ok() ? "" : StrCat("; ", status.ToString()),
-                               "); a tokenizer.model file is expected"));
+    return InvalidInput(
+        StrCat(name, " is not a SentencePiece model (", model.size(),
+               " bytes that are something else); a tokenizer.model file is expected"));
   }
   return Tokenizer(std::move(processor));
 }
@@ -81,14 +81,22 @@ std::optional<uint8_t> Tokenizer::ByteOf(int64_t id) const {
 }
 
 Result<std::string> Detokenizer::Push(int64_t id) {
-  ids_.push_back(id);
-  return Release(ids_.size() - IncompleteIds());
+  window_.push_back(id);
+  const size_t incomplete = IncompleteIds();
+  Result<std::string> fresh = Release(window_.size() - incomplete);
+  if (fresh.ok() && incomplete == 0) {
+    if (Status status = Shorten(); !status.ok()) {
+      return status.error();
+    }
+  }
+  return fresh;
 }
 
-Result<std::string> Detokenizer::Finish() { return Release(ids_.size()); }
+Result<std::string> Detokenizer::Finish() { return Release(window_.size()); }
 
 Result<std::string> Detokenizer::Release(size_t count) {
-  const std::vector<int64_t> certain(ids_.begin(), ids_.begin() + static_cast<ptrdiff_t>(count));
+  const std::vector<int64_t> certain(window_.begin(),
+                                     window_.begin() + static_cast<ptrdiff_t>(count));
   Result<std::string> text = tokenizer_.Decode(certain);
   if (!text.ok()) {
     return text;
@@ -98,11 +106,27 @@ Result<std::string> Detokenizer::Release(size_t count) {
   return fresh;
 }
 
+Status Detokenizer::Shorten() {
+  const int64_t last = window_.back();
+  if (tokenizer_.ByteOf(last).has_value()) {
+    return {};  // a byte that follows may belong to the same run
+  }
+  const Result<std::string> text = tokenizer_.Decode({last});
+  if (!text.ok()) {
+    return text.error();
+  }
+  if (!text->empty()) {
+    window_ = {last};
+    released_bytes_ = text->size();
+  }
+  return {};
+}
+
 size_t Detokenizer::IncompleteIds() const {
   // An incomplete character has at most 3 bytes.
   std::string bytes;
-  for (size_t i = ids_.size(); i > 0 && bytes.size() < 3; --i) {
-    const std::optional<uint8_t> byte = tokenizer_.ByteOf(ids_[i - 1]);
+  for (size_t i = window_.size(); i > 0 && bytes.size() < 3; --i) {
+    const std::optional<uint8_t> byte = tokenizer_.ByteOf(window_[i - 1]);
     if (!byte.has_value()) {
       break;
     }

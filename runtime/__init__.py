@@ -6,7 +6,22 @@
 ...     print(piece, end="", flush=True)
 """
 
-from mvlm.runtime.mobilevlm import MobileVLM
-from mvlm.runtime.program import PteError, PteProgram
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mvlm.runtime.mobilevlm import MobileVLM
+    from mvlm.runtime.program import PteError, PteProgram
 
 __all__ = ["MobileVLM", "PteError", "PteProgram"]
+
+_MODULE_OF = {"MobileVLM": "mobilevlm", "PteError": "program", "PteProgram": "program"}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that the programs in this package answer --help without loading torch and ExecuTorch.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

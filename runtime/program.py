@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import executorch.kernels.quantized  # noqa: F401  (registers the kernel of the 8-bit embedding)
 import torch
 from executorch.runtime import Program, Runtime
 from torch import Tensor

@@ -19,9 +19,7 @@ class Sampler:
         ValueError: an argument is out of range.
     """
 
-    def __init__(
-        self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None
-    ) -> None:
+    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature {temperature} is not possible: 0 (always the likeliest token) or more")
         if top_k < 0:

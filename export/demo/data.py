@@ -87,6 +87,8 @@ class Batch:
         positions: int64 [B, Q]: position within the question, from 0.
         targets: int64 [B, Q]: id that follows in the answer, -1 where nothing is to be learnt.
         kinds: for each picture the kinds of its questions, by segment.
+        quadrant_shapes, quadrant_colors: int64 [B, 4]: what is in each quadrant, 0 for nothing, else 1 + its index
+            in the world's shapes and colours.
     """
 
     pixels: Tensor
@@ -95,10 +97,28 @@ class Batch:
     positions: Tensor
     targets: Tensor
     kinds: list[list[str]]
+    quadrant_shapes: Tensor
+    quadrant_colors: Tensor
 
 
-def make_batch(tokens: PromptTokens, pixels: Sequence[np.ndarray], asked: Sequence[Sequence[world.Question]]) -> Batch:
-    """Packs the questions ``asked`` of each picture into one row."""
+def quadrant_labels(scenes: Sequence[world.Scene]) -> tuple[Tensor, Tensor]:
+    """``quadrant_shapes`` and ``quadrant_colors`` of a :class:`Batch`."""
+    shapes = torch.zeros(len(scenes), len(world.QUADRANTS), dtype=torch.long)
+    colors = torch.zeros_like(shapes)
+    for row, scene in enumerate(scenes):
+        for item in scene.objects:
+            quadrant = list(world.QUADRANTS).index(item.quadrant)
+            shapes[row, quadrant] = 1 + world.SHAPES.index(item.shape)
+            colors[row, quadrant] = 1 + list(world.COLORS).index(item.color)
+    return shapes, colors
+
+
+def make_batch(
+    tokens: PromptTokens,
+    pictures: Sequence[tuple[world.Scene, np.ndarray]],
+    asked: Sequence[Sequence[world.Question]],
+) -> Batch:
+    """Packs the questions ``asked`` of each picture, a scene and its resized pixels, into one row."""
     rows = []
     for picture_questions in asked:
         row: list[tuple[int, int, int, int]] = []
@@ -109,11 +129,14 @@ def make_batch(tokens: PromptTokens, pixels: Sequence[np.ndarray], asked: Sequen
             row += zip(ids, [segment] * len(ids), range(len(ids)), targets, strict=True)
         rows.append(row)
     longest = max(map(len, rows))
-    padded = torch.tensor([row + [(0, -1, 0, -1)] * (longest - len(row)) for row in rows])
+    padded = torch.tensor([row + [(0, -1, 0, -1)] * (longest - len(row)) for row in rows]).view(len(rows), longest, 4)
+    shapes, colors = quadrant_labels([scene for scene, _ in pictures])
     return Batch(
-        normalized(pixels),
+        normalized([pixels for _, pixels in pictures]),
         *(padded[..., field].contiguous() for field in range(4)),
         kinds=[[item.kind for item in picture_questions] for picture_questions in asked],
+        quadrant_shapes=shapes,
+        quadrant_colors=colors,
     )
 
 
@@ -145,7 +168,7 @@ class TrainingPictures:
 
     def __init__(self, seed: int, image_size: int, batch: int, pool: int, renewed: int) -> None:
         self.seed, self.image_size, self.batch = seed, image_size, batch
-        self.pool, self.renewed = max(pool, batch), renewed
+        self.pool, self.renewed = pool, renewed
         self._pictures: dict[int, tuple[world.Scene, np.ndarray]] = {}
 
     def _picture(self, index: int) -> tuple[world.Scene, np.ndarray]:
@@ -155,11 +178,11 @@ class TrainingPictures:
             self._pictures[index] = (picture.scene, resized(picture.image(), self.image_size))
         return self._pictures[index]
 
-    def batch_at(self, step: int, tokens: PromptTokens) -> Batch:
-        """The batch of step ``step``, counted from 0."""
+    def batch_at(self, step: int, tokens: PromptTokens, batch: int | None = None, asking: bool = True) -> Batch:
+        """The batch of step ``step``, counted from 0; of ``batch`` pictures if given, without questions if so asked."""
         first = step * self.renewed
         for old in [index for index in self._pictures if index < first]:
             del self._pictures[old]
         rng = random.Random(f"{self.seed}/step/{step}")
-        chosen = [self._picture(first + i) for i in rng.sample(range(self.pool), self.batch)]
-        return make_batch(tokens, [p for _, p in chosen], [ask(scene, tokens, rng) for scene, _ in chosen])
+        chosen = [self._picture(first + i) for i in rng.sample(range(self.pool), batch or self.batch)]
+        return make_batch(tokens, chosen, [ask(scene, tokens, rng) if asking else [] for scene, _ in chosen])

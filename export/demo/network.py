@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mvlm.export.demo import world
 from mvlm.export.demo.data import Batch
 from mvlm.export.models import CLIPVisionConfig, MobileLlamaConfig, MobileVLM, MobileVLMConfig
 from mvlm.export.models.mobilellama import DecoderLayer, apply_rope, rope_tables
@@ -76,6 +77,32 @@ def build(config: MobileVLMConfig, seed: int) -> MobileVLM:
     return model
 
 
+class QuadrantReader(nn.Module):
+    """Reads shape and colour in each quadrant off the image tokens, linearly. Of use while training only.
+
+    MobileVLM starts from a vision tower that CLIP has trained. Ours has to learn to see from nothing, which takes very
+    long through the language model's answers and is quick with this.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shape = nn.Linear(width, 1 + len(world.SHAPES))
+        self.color = nn.Linear(width, 1 + len(world.COLORS))
+
+    def forward(self, image_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, 4, 5] of nothing or a shape, and [B, 4, 9] of nothing or a colour."""
+        B, T, D = image_BTD.shape
+        half = math.isqrt(T) // 2
+        quadrants_B4D = image_BTD.view(B, 2, half, 2, half, D).mean(dim=(2, 4)).flatten(1, 2)
+        return self.shape(quadrants_B4D), self.color(quadrants_B4D)
+
+    def loss(self, image_BTD: Tensor, batch: Batch) -> Tensor:
+        shape, color = self(image_BTD)
+        return nn.functional.cross_entropy(shape.flatten(0, 1), batch.quadrant_shapes.flatten()) + (
+            nn.functional.cross_entropy(color.flatten(0, 1), batch.quadrant_colors.flatten())
+        )
+
+
 def _attention_mask(batch: Batch, prefix: int, image: int) -> Tensor:
     """Which keys [prefix, image, questions] the queries [image, questions] may see: bool [B, 1, I + Q, P + I + Q].
 
@@ -123,11 +150,19 @@ def _block(
     return attend(prefix_1PD, q0, k0, v0, is_causal=True), attend(x_BRD, q, k, v, attn_mask=mask)
 
 
-def answer_logits(model: MobileVLM, prefix_ids: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
+def answer_logits(
+    model: MobileVLM, prefix_ids: list[int], batch: Batch, image: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits of every answer token of a batch.
 
     The same numbers as running each question on its own, but the picture is encoded once for all its questions, and
     the prompt's start once for all pictures.
+
+    Args:
+        model: the model.
+        prefix_ids: the prompt's start, up to the picture.
+        batch: pictures and questions.
+        image: the pictures' embeddings [B, T, D], if they were computed already.
 
     Returns:
         logits [A, V] and targets [A], for the A places with a target, in row-major order.
@@ -135,7 +170,8 @@ def answer_logits(model: MobileVLM, prefix_ids: list[int], batch: Batch) -> tupl
     language = model.language_model
     config = language.config
     prefix = model.embed_tokens(torch.tensor([prefix_ids]))
-    image = model.encode_image(batch.pixels)
+    if image is None:
+        image = model.encode_image(batch.pixels)
     x = torch.cat([image, model.embed_tokens(batch.ids)], dim=1)
     B, T, P = image.shape[0], image.shape[1], prefix.shape[1]
     positions = torch.cat([torch.arange(P, P + T).expand(B, T), batch.positions + P + T], dim=1)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from mvlm.export.demo import world
-from mvlm.export.demo.data import PromptTokens, TrainingPictures, make_batch, resized
+from mvlm.export.demo.data import PromptTokens, TrainingPictures, make_batch, normalized, quadrant_labels, resized
 from mvlm.export.demo.evaluate import evaluate_checkpoint, table
-from mvlm.export.demo.network import answer_logits, build, demo_config
+from mvlm.export.demo.network import QuadrantReader, answer_logits, build, demo_config
 from mvlm.export.demo.tokenizer import train_tokenizer
 from mvlm.export.demo.write_checkpoint import write_checkpoint
 from mvlm.export.models import MobileVLM, MobileVLMConfig
@@ -42,8 +42,12 @@ class Recipe:
         seed: of the first weights and of all pictures and questions.
         steps: optimizer steps.
         batch: pictures a step.
+        vision_steps: so many of the steps, at the start, train vision tower and projector only, to show what is in
+            each quadrant, on ``vision_batch`` pictures each.
+        quadrant_weight: of that loss beside the answers' later on.
         learning_rate: reached after ``warmup`` steps, held, and lowered to ``final_learning_rate`` along a cosine
             over the last ``decay`` part of the steps. What happens before the decay does not depend on ``steps``.
+            It is warmed up again when the language model joins.
         weight_decay: of matrices.
         pool, renewed: pictures held at a time, and new ones a step.
         fake_quant: part of the steps, at the end, in which the language model's linears compute with weights rounded
@@ -54,9 +58,12 @@ class Recipe:
     seed: int = 1
     steps: int = 4000
     batch: int = 16
+    vision_steps: int = 600
+    vision_batch: int = 32
+    quadrant_weight: float = 0.2
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
-    warmup: int = 200
+    warmup: int = 100
     decay: float = 0.4
     weight_decay: float = 0.05
     pool: int = 2048
@@ -67,7 +74,8 @@ class Recipe:
     def learning_rate_at(self, step: int) -> float:
         start = round(self.steps * (1 - self.decay))
         if step < start:
-            return self.learning_rate * min(1.0, (step + 1) / self.warmup)
+            since = step - self.vision_steps if step >= self.vision_steps else step
+            return self.learning_rate * min(1.0, (since + 1) / self.warmup)
         progress = (step - start) / max(1, self.steps - start)
         span = self.learning_rate - self.final_learning_rate
         return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
@@ -111,8 +119,8 @@ def rounded_linears(model: MobileVLM, group_size: int) -> Iterator[None]:
             tied.grad = gradient if tied.grad is None else tied.grad + gradient
 
 
-def make_optimizer(model: MobileVLM, recipe: Recipe) -> torch.optim.AdamW:
-    parameters = list(dict.fromkeys(model.parameters()))
+def make_optimizer(model: MobileVLM, reader: QuadrantReader, recipe: Recipe) -> torch.optim.AdamW:
+    parameters = list(dict.fromkeys([*model.parameters(), *reader.parameters()]))
     decayed = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
     return torch.optim.AdamW(
@@ -131,10 +139,10 @@ class Trainer:
         self.tokens = PromptTokens(tokenizer_model)
         self.config = config or demo_config(self.tokens.processor.vocab_size())
         self.model = build(self.config, recipe.seed)
-        self.optimizer = make_optimizer(self.model, recipe)
-        self.pictures = TrainingPictures(
-            recipe.seed, self.config.vision.image_size, recipe.batch, recipe.pool, recipe.renewed
-        )
+        self.reader = QuadrantReader(self.config.text.hidden_size)
+        self.optimizer = make_optimizer(self.model, self.reader, recipe)
+        pool = max(recipe.pool, recipe.batch, recipe.vision_batch)
+        self.pictures = TrainingPictures(recipe.seed, self.config.vision.image_size, recipe.batch, pool, recipe.renewed)
         self.step = 0
         self.seconds = 0.0
 
@@ -150,12 +158,18 @@ class Trainer:
         """One step; returns its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(self.step)
-        batch = self.pictures.batch_at(self.step, self.tokens)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.forward_weights():
-            logits, targets = answer_logits(self.model, self.tokens.prefix, batch)
-            loss = nn.functional.cross_entropy(logits, targets)
+        if self.step < self.recipe.vision_steps:
+            batch = self.pictures.batch_at(self.step, self.tokens, self.recipe.vision_batch, asking=False)
+            loss = self.reader.loss(self.model.encode_image(batch.pixels), batch)
             loss.backward()
+        else:
+            batch = self.pictures.batch_at(self.step, self.tokens)
+            with self.forward_weights():
+                image = self.model.encode_image(batch.pixels)
+                logits, targets = answer_logits(self.model, self.tokens.prefix, batch, image)
+                loss = nn.functional.cross_entropy(logits, targets)
+                (loss + self.recipe.quadrant_weight * self.reader.loss(image, batch)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -173,6 +187,7 @@ class Trainer:
             "recipe": asdict(self.recipe),
             "tokenizer": self.tokenizer_model,
             "model": self.model.state_dict(),
+            "reader": self.reader.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -201,8 +216,22 @@ class Trainer:
                 "give the same options, or start anew without --resume"
             )
         self.model.load_state_dict(state["model"])
+        self.reader.load_state_dict(state["reader"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+@torch.no_grad()
+def quadrant_accuracy(trainer: Trainer, pictures: int, seed: str) -> tuple[float, float]:
+    """How often shape and colour of an object are read off the image tokens, in percent, over fresh pictures."""
+    chosen = [world.sample_picture(random.Random(f"{seed}/{index}")) for index in range(pictures)]
+    pixels = [resized(picture.image(), trainer.config.vision.image_size) for picture in chosen]
+    read = trainer.reader(trainer.model.encode_image(normalized(pixels)))
+    labels = quadrant_labels([picture.scene for picture in chosen])
+    return tuple(
+        100 * (logits.argmax(dim=2) == label)[label > 0].float().mean().item()
+        for logits, label in zip(read, labels, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -215,17 +244,16 @@ def quick_accuracy(trainer: Trainer, pictures: int, seed: str) -> dict[str, tupl
     right, asked = Counter(), Counter()
     size = trainer.config.vision.image_size
     for start in range(0, pictures, trainer.recipe.batch):
-        scenes, pixels, batch_questions = [], [], []
+        pictures_here, batch_questions = [], []
         for index in range(start, min(pictures, start + trainer.recipe.batch)):
             rng = random.Random(f"{seed}/{index}")
             picture = world.sample_picture(rng)
-            scenes.append(picture.scene)
-            pixels.append(resized(picture.image(), size))
+            pictures_here.append((picture.scene, resized(picture.image(), size)))
             batch_questions.append([world.sample_question(picture.scene, k, rng) for k in world.KINDS])
-        batch = make_batch(trainer.tokens, pixels, batch_questions)
+        batch = make_batch(trainer.tokens, pictures_here, batch_questions)
         logits, targets = answer_logits(trainer.model, trainer.tokens.prefix, batch)
         wanted = batch.targets >= 0
-        rows = torch.arange(len(scenes)).unsqueeze(1).expand_as(wanted)[wanted]
+        rows = torch.arange(len(batch_questions)).unsqueeze(1).expand_as(wanted)[wanted]
         wrong = logits.argmax(dim=1) != targets
         missed = set(zip(rows[wrong].tolist(), batch.segments[wanted][wrong].tolist(), strict=True))
         for row, kinds in enumerate(batch.kinds):
@@ -253,7 +281,7 @@ class Log:
         self._file.flush()
 
 
-def train(trainer: Trainer, state: Path, log: Log, save_minutes: float = 3, report: int = 50, probe: int = 250) -> bool:
+def train(trainer: Trainer, state: Path, log: Log, save_minutes: float = 3, report: int = 50, probe: int = 100) -> bool:
     """Trains to the recipe's last step. Returns False if it was interrupted, after saving the state."""
     recipe = trainer.recipe
     interrupted: list[int] = []
@@ -276,7 +304,10 @@ def train(trainer: Trainer, state: Path, log: Log, save_minutes: float = 3, repo
                     f"elapsed {_clock(trainer.seconds)}  left {_clock(pace * (recipe.steps - trainer.step))}"
                 )
                 losses.clear()
-            if trainer.step % probe == 0 or trainer.step == recipe.steps:
+            if trainer.step % probe == 0 and trainer.step <= recipe.vision_steps:
+                shape, color = quadrant_accuracy(trainer, 96, f"{recipe.seed}/probe/{trainer.step}")
+                log(f"  read in the quadrants: shape {shape:.0f} %  color {color:.0f} %")
+            elif trainer.step % probe == 0 or trainer.step == recipe.steps:
                 with trainer.forward_weights():
                     found = quick_accuracy(trainer, 96, f"{recipe.seed}/probe/{trainer.step}")
                 log("  right: " + "  ".join(f"{k} {r}/{n}" for k, (r, n) in found.items()))
@@ -331,6 +362,7 @@ def main() -> int:
         )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # AdamW's moments decay into denormals, which are slow and change nothing
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     state = options.output / "state.pt"
     trainer = Trainer(recipe, train_tokenizer())

@@ -51,9 +51,7 @@ class CLIPVisionConfig:
                 f"{self.num_attention_heads}"
             )
         if self.image_size % self.patch_size:
-            raise ValueError(
-                f"CLIP: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
+            raise ValueError(f"CLIP: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"CLIP: hidden_act {self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
 
@@ -73,9 +71,7 @@ class CLIPVisionEmbeddings(nn.Module):
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
-        self.patch_embedding = nn.Conv2d(
-            3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
-        )
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
         self.position_embedding = nn.Embedding(config.num_patches + 1, config.hidden_size)
 
     def forward(self, pixel_values_B3SS: Tensor) -> Tensor:

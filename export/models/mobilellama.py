@@ -7,6 +7,7 @@ H head width, F width of the MLP, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -96,9 +97,7 @@ class KVCache(nn.Module):
         self.register_buffer("value", torch.zeros(shape), persistent=False)
 
     def forward(self, q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, start_pos: Tensor) -> Tensor:
-        return torch.ops.mvlm.sdpa_with_kv_cache(
-            q_BLNH, k_BLKH, v_BLKH, self.key, self.value, start_pos
-        )
+        return torch.ops.mvlm.sdpa_with_kv_cache(q_BLNH, k_BLKH, v_BLKH, self.key, self.value, start_pos)
 
 
 def causal_attention(q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor) -> Tensor:
@@ -139,10 +138,8 @@ class Attention(nn.Module):
         v_BLKH = self.v_proj(x_BLD).view(B, L, self.num_kv_heads, self.head_dim)
         q_BLNH = apply_rope(q_BLNH, cos_LR, sin_LR)
         k_BLKH = apply_rope(k_BLKH, cos_LR, sin_LR)
-        if cache is None:
-            y_BLNH = causal_attention(q_BLNH, k_BLKH, v_BLKH)
-        else:
-            y_BLNH = cache(q_BLNH, k_BLKH, v_BLKH, start_pos)
+        attend = causal_attention if cache is None else partial(cache, start_pos=start_pos)
+        y_BLNH = attend(q_BLNH, k_BLKH, v_BLKH)
         return self.o_proj(y_BLNH.reshape(B, L, self.num_heads * self.head_dim))
 
 

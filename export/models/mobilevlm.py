@@ -61,9 +61,7 @@ class MobileVLM(nn.Module):
         super().__init__()
         self.config = config
         self.vision_tower = CLIPVisionTower(config.vision, config.vision_select_layer)
-        self.mm_projector = build_projector(
-            config.projector_type, config.vision.hidden_size, config.text.hidden_size
-        )
+        self.mm_projector = build_projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size)
         self.language_model = MobileLlama(config.text)
 
     def encode_image(self, pixel_values_B3SS: Tensor) -> Tensor:

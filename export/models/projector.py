@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 
@@ -76,12 +75,8 @@ class LDP(nn.Module):
 
     def __init__(self, vision_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(vision_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
-        )
-        self.blocks = nn.Sequential(
-            InvertedResidual(hidden_size, stride=1), InvertedResidual(hidden_size, stride=2)
-        )
+        self.mlp = nn.Sequential(nn.Linear(vision_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        self.blocks = nn.Sequential(InvertedResidual(hidden_size, stride=1), InvertedResidual(hidden_size, stride=2))
 
     def forward(self, features_BPV: Tensor) -> Tensor:
         return self.blocks(self.mlp(features_BPV))
@@ -92,9 +87,7 @@ class LDPv2(nn.Module):
 
     def __init__(self, vision_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(vision_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(vision_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
         self.positional_encoding = DepthwiseConv(hidden_size, bias=True)
 
     def forward(self, features_BPV: Tensor) -> Tensor:

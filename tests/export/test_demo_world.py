@@ -223,7 +223,19 @@ def test_the_bundled_tokenizer_is_what_the_script_trains(tokenizer_model: bytes)
 
 
 def tiny_trainer(tokenizer_model: bytes, **options: float) -> Trainer:
-    recipe = Recipe(**{"seed": 3, "steps": 4, "batch": 2, "pool": 3, "renewed": 1, "warmup": 2, **options})
+    recipe = Recipe(
+        **{
+            "seed": 3,
+            "steps": 4,
+            "batch": 2,
+            "pool": 3,
+            "renewed": 1,
+            "warmup": 2,
+            "vision_steps": 1,
+            "vision_batch": 3,
+            **options,
+        }
+    )
     config = MobileVLMConfig(
         text=MobileLlamaConfig(
             hidden_size=32,
@@ -249,6 +261,7 @@ def tiny_trainer(tokenizer_model: bytes, **options: float) -> Trainer:
 def test_training_is_the_same_twice_and_after_resuming(tokenizer_model: bytes, tmp_path: Path) -> None:
     first = tiny_trainer(tokenizer_model)
     losses = [first.train_step() for _ in range(4)]
+    assert all(np.isfinite(losses))
     second = tiny_trainer(tokenizer_model)
     assert [second.train_step() for _ in range(2)] == losses[:2]
     second.save(tmp_path / "state.pt")
@@ -290,7 +303,16 @@ def test_packed_questions_give_the_logits_of_each_question_alone(tokenizer_model
 def test_a_batch_holds_prompt_and_answer_tokens(tokenizer_model: bytes) -> None:
     tokens = PromptTokens(tokenizer_model)
     asked = [world.Question("What shape is red?", "star", "shape"), world.Question("Describe the image.", "no", "x")]
-    batch = make_batch(tokens, [np.zeros((14, 14, 3), np.uint8)], [asked])
+    scene = world.Scene(
+        (200, 200, 200),
+        (
+            world.SceneObject("star", "red", (220, 40, 40), "top right", (0.0, 0.0), 0.15, 0.5),
+            world.SceneObject("circle", "white", (250, 250, 250), "bottom left", (0.0, 0.0), 0.15, 0.5),
+        ),
+    )
+    batch = make_batch(tokens, [(scene, np.zeros((14, 14, 3), np.uint8))], [asked])
+    assert batch.quadrant_shapes.tolist() == [[0, 4, 1, 0]]
+    assert batch.quadrant_colors.tolist() == [[0, 1, 8, 0]]
     decode = tokens.processor.decode
     assert decode(batch.ids[0, batch.segments[0] == 0].tolist()) == "\nWhat shape is red? ASSISTANT: star"
     assert decode(batch.ids[0, batch.segments[0] == 1].tolist()) == "\nDescribe the image. ASSISTANT: no"
@@ -329,9 +351,12 @@ def test_rounded_weights_are_used_inside_and_trained_straight_through(tokenizer_
 
 
 def test_the_learning_rate_before_the_decay_does_not_depend_on_the_number_of_steps() -> None:
-    short, long = Recipe(steps=1000), Recipe(steps=2000)
+    short, long = Recipe(steps=1000, vision_steps=300), Recipe(steps=2000, vision_steps=300)
     assert [short.learning_rate_at(s) for s in range(600)] == [long.learning_rate_at(s) for s in range(600)]
-    assert short.learning_rate_at(0) == pytest.approx(short.learning_rate / short.warmup)
+    # The language model joins at step 300.
+    for first in (0, 300):
+        assert short.learning_rate_at(first) == pytest.approx(short.learning_rate / short.warmup)
+        assert short.learning_rate_at(first + short.warmup) == short.learning_rate
     assert short.learning_rate_at(999) < 2 * short.final_learning_rate
 
 

@@ -9,10 +9,12 @@
 #include <executorch/runtime/platform/runtime.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <optional>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -192,6 +194,8 @@ struct Mistake {
   std::string name;
   std::function<void(Arguments&)> make;
 };
+
+void PrintTo(const Mistake& mistake, std::ostream* out) { *out << mistake.name; }
 
 class MistakeTest : public OperatorTest, public ::testing::WithParamInterface<Mistake> {};
 

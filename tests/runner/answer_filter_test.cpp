@@ -37,8 +37,8 @@ TEST(AnswerFilter, EndsBeforeAStopStringHoweverTheTextIsCut) {
   const std::string text = " red </b> circle </s> more";
   for (size_t a = 0; a <= text.size(); ++a) {
     for (size_t b = a; b <= text.size(); ++b) {
-      EXPECT_EQ(Filter({"</s>", "ASSISTANT:"}, {text.substr(0, a), text.substr(a, b - a),
-                                               text.substr(b)}),
+      EXPECT_EQ(Filter({"</s>", "ASSISTANT:"},
+                       {text.substr(0, a), text.substr(a, b - a), text.substr(b)}),
                 "red </b> circle");
     }
   }

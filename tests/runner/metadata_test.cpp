@@ -79,9 +79,9 @@ TEST(ParseMetadata, NamesWhateverIsMissing) {
 
 TEST(ParseMetadata, AModelWithoutVisionNeedsNoImageConstants) {
   Constants constants = Good();
-  for (const char* name : {contract::kImageMarker, contract::kImagePrefix, contract::kImageSize,
-                           contract::kImageMean, contract::kImageStd, contract::kImagePadColor,
-                           contract::kImageTokens}) {
+  for (const char* name :
+       {contract::kImageMarker, contract::kImagePrefix, contract::kImageSize, contract::kImageMean,
+        contract::kImageStd, contract::kImagePadColor, contract::kImageTokens}) {
     constants.erase(name);
   }
   EXPECT_EQ(Complaint(constants, false), "");

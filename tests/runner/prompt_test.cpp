@@ -23,8 +23,7 @@ TEST(PromptPieces, PutsThePictureInFrontOfTheQuestion) {
 }
 
 TEST(PromptPieces, OrWhereTheQuestionSays) {
-  EXPECT_EQ(*Ask("Is <image> red?", true),
-            (Pieces{"System. USER: Is ", " red? ASSISTANT:"}));
+  EXPECT_EQ(*Ask("Is <image> red?", true), (Pieces{"System. USER: Is ", " red? ASSISTANT:"}));
 }
 
 TEST(PromptPieces, WithoutAPictureThereIsOnePiece) {
@@ -45,8 +44,7 @@ TEST(PromptPieces, RefusesWhatCannotBeAsked) {
   EXPECT_NE(Complaint(Ask("", false)).find("empty"), std::string::npos);
   EXPECT_NE(Complaint(Ask(" \n\t", true)).find("empty"), std::string::npos);
   EXPECT_NE(Complaint(Ask("ab\xFFz", true)).find("not valid UTF-8: byte 2"), std::string::npos);
-  EXPECT_NE(Complaint(Ask("<image> what?", false)).find("no picture was given"),
-            std::string::npos);
+  EXPECT_NE(Complaint(Ask("<image> what?", false)).find("no picture was given"), std::string::npos);
   EXPECT_NE(Complaint(Ask("<image> and <image>", true)).find("2 times"), std::string::npos);
 }
 

@@ -59,18 +59,18 @@ mvlm::ImageFormat ReadFormat() {
 
 json Encode(const mvlm::Tokenizer& tokenizer, const json& texts) {
   json all = json::array();
-  for (const std::string& text : texts) {
-    all.push_back(OrFail(tokenizer.Encode(text)));
+  for (const json& text : texts) {
+    all.push_back(OrFail(tokenizer.Encode(text.get<std::string>())));
   }
   return all;
 }
 
 json Decode(const mvlm::Tokenizer& tokenizer, const json& sequences) {
   json all = json::array();
-  for (const std::vector<int64_t>& ids : sequences) {
+  for (const json& ids : sequences) {
     mvlm::Detokenizer detokenizer(tokenizer);
     json parts = json::array();
-    for (const int64_t id : ids) {
+    for (const int64_t id : ids.get<std::vector<int64_t>>()) {
       parts.push_back(OrFail(detokenizer.Push(id)));
     }
     parts.push_back(OrFail(detokenizer.Finish()));

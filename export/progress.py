@@ -1,0 +1,74 @@
+"""What is said while a long work runs, and what libraries are kept from saying."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def peak_memory_mib() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+class Progress:
+    """Says what is done on stderr: a line per stage, with the time it took and the memory peak so far.
+
+    On a terminal the line of a stage counts the seconds while it runs.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._start = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        begin = time.monotonic()
+        done = threading.Event()
+        ticker = None
+        if not self.quiet and sys.stderr.isatty():
+
+            def tick() -> None:
+                while not done.wait(1.0):
+                    print(f"\r{title:<44}{time.monotonic() - begin:7.1f} s", end="", file=sys.stderr, flush=True)
+
+            ticker = threading.Thread(target=tick, daemon=True)
+            ticker.start()
+        else:
+            self.say(f"{title} …")
+        try:
+            yield
+        finally:
+            done.set()
+            if ticker:
+                ticker.join()
+                print("\r", end="", file=sys.stderr)
+        now = time.monotonic()
+        self.say(
+            f"{title:<44}{now - begin:7.1f} s   elapsed {now - self._start:6.1f} s   peak {peak_memory_mib():6.0f} MiB"
+        )
+
+
+def quiet_libraries() -> None:
+    """Silences what torch, torchao and ExecuTorch say about their own internals; for programs, called first.
+
+    Their errors are raised, not logged, and still reach the user.
+    """
+    warnings.filterwarnings("ignore", module=r"(torch|torchao|executorch|copyreg)(\..*)?")
+    import torch  # noqa: F401  (sets its loggers' levels when it is imported)
+
+    for name in ("torch", "torchao", "executorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # torchao complains through the root logger that its CUDA kernels do not load.
+    logging.getLogger().setLevel(logging.ERROR)

@@ -1,0 +1,87 @@
+"""The correctness test of a ``.pte``; what it compares is in :mod:`mvlm.runtime.fidelity`.
+
+    python -m mvlm.runtime.test_pte mobilevlm.pte --model ./MobileVLM-1.7B --vision-tower ./clip
+
+Exits with 1 and names the rows that failed; with 2 if the input cannot be tested at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mvlm.export import demo
+from mvlm.export.progress import Progress, quiet_libraries
+
+if TYPE_CHECKING:
+    from mvlm.runtime.fidelity import Row
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mvlm.runtime.test_pte",
+        description="Compare a .pte with the checkpoint it was made from, stage by stage. Exit code 0: faithful; "
+        "1: not, the failing rows are named; 2: the input cannot be tested.",
+    )
+    parser.add_argument("pte", type=Path, help="a file made by mvlm.export")
+    parser.add_argument("--model", metavar="DIR|ID", help="its checkpoint (default: the bundled demo checkpoint)")
+    parser.add_argument("--vision-tower", metavar="DIR|ID", help="CLIP checkpoint, as for mvlm.export")
+    parser.add_argument("--image", type=Path, help="any picture (default: the bundled one)")
+    parser.add_argument("--prompt", default="Describe the image.", help="question (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    # Late, so that --help and wrong flags answer at once.
+    import torch
+
+    from mvlm.export.checkpoint import load
+    from mvlm.export.quantize import quantize
+    from mvlm.export.recipe import Recipe
+    from mvlm.runtime.fidelity import Thresholds, check
+    from mvlm.runtime.preprocess import load_image
+    from mvlm.runtime.program import PteError, PteProgram
+
+    progress = Progress(options.quiet)
+    program = PteProgram(options.pte)
+    model = options.model or str(demo.CHECKPOINT)
+    if not options.model and program.metadata.model_name != demo.CHECKPOINT.name:
+        progress.say(f"no --model given: comparing with the bundled demo checkpoint, {model}")
+    image = load_image(options.image or demo.SAMPLE_IMAGE)
+    try:
+        recipe = Recipe.from_json(program.metadata.recipe)
+    except ValueError as error:
+        raise PteError(f"{options.pte}: its recipe cannot be read: {error}") from error
+    with progress.stage("load checkpoint twice, quantize one"):
+        float32 = load(model, options.vision_tower)
+        quantized = load(model, options.vision_tower)
+        quantize(quantized.model, recipe)
+    with progress.stage("compare"), torch.no_grad():
+        return check(program, float32, quantized, recipe, image, options.prompt, Thresholds(), progress.say)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    quiet_libraries()
+    from mvlm.runtime.fidelity import table
+
+    try:
+        rows = run(options)
+    except ValueError as error:  # ExportError and PteError are such
+        print(f"mvlm.runtime.test_pte: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    failed = [f"{row.name} ({row.compared})" for row in rows if not row.passed]
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+        return 1
+    print(f"{options.pte}: faithful to its checkpoint")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
