@@ -27,6 +27,11 @@ uint64_t RandomSeed() {
   return (uint64_t{device()} << 32) | device();
 }
 
+// Count(1, "thread") == "1 thread", Count(2, "thread") == "2 threads".
+std::string Count(int64_t count, std::string_view noun) {
+  return StrCat(count, " ", noun, count == 1 ? "" : "s");
+}
+
 struct DecodedPicture {
   Image image;
   ImageStats stats;
@@ -199,7 +204,7 @@ class Run {
     stats_.load_ms += stopwatch.ms();
     progress_.Say("loaded ", options_.model_path, " (", model_->metadata().model_name, ", ",
                   FormatBytes(static_cast<int64_t>(model_->file_bytes())), ") in ",
-                  FormatMs(stats_.load_ms), ", ", stats_.threads, " threads");
+                  FormatMs(stats_.load_ms), ", ", Count(stats_.threads, "thread"));
     return {};
   }
 
@@ -286,8 +291,8 @@ class Run {
                   FormatMs(stats_.prefill_ms), " (",
                   FormatRate(TokensPerSecond(stats_.prompt_tokens, stats_.prefill_ms)),
                   " tok/s); first token after ", FormatMs(stats_.time_to_first_token_ms));
-    progress_.Say(stats_.tokens.size(), " tokens of answer; ", stats_.decode_tokens,
-                  " after the first in ", FormatMs(stats_.decode_ms), " (",
+    progress_.Say(Count(static_cast<int64_t>(stats_.tokens.size()), "token"), " of answer; ",
+                  stats_.decode_tokens, " after the first in ", FormatMs(stats_.decode_ms), " (",
                   FormatRate(TokensPerSecond(stats_.decode_tokens, stats_.decode_ms)),
                   " tok/s); ended by: ", stats_.stop_reason, "; peak memory ",
                   FormatBytes(stats_.memory.peak_rss_bytes));

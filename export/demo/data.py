@@ -183,6 +183,7 @@ class TrainingPictures:
         first = step * self.renewed
         for old in [index for index in self._pictures if index < first]:
             del self._pictures[old]
-        rng = random.Random(f"{self.seed}/step/{step}")
+        # Pictures that are only looked at are others than those that are asked about.
+        rng = random.Random(f"{self.seed}/step/{step}" + ("" if asking else "/looking"))
         chosen = [self._picture(first + i) for i in rng.sample(range(self.pool), batch or self.batch)]
         return make_batch(tokens, chosen, [ask(scene, tokens, rng) if asking else [] for scene, _ in chosen])

@@ -44,7 +44,9 @@ class Recipe:
         batch: pictures a step.
         vision_steps: so many of the steps, at the start, train vision tower and projector only, to show what is in
             each quadrant, on ``vision_batch`` pictures each.
-        quadrant_weight: of that loss beside the answers' later on.
+        quadrant_weight: of that loss beside the answers' once the language model has joined.
+        second_look: from this step on, the loss of the quadrants weighs ``second_weight``, and as many pictures
+            again are looked at for it alone. By then what the eyes take for another shape is most of what is wrong.
         learning_rate: reached after ``warmup`` steps, held, and lowered to ``final_learning_rate`` along a cosine
             over the last ``decay`` part of the steps. What happens before the decay does not depend on ``steps``.
             It is warmed up again when the language model joins.
@@ -56,11 +58,13 @@ class Recipe:
     """
 
     seed: int = 1
-    steps: int = 4000
+    steps: int = 2800
     batch: int = 16
     vision_steps: int = 600
     vision_batch: int = 32
     quadrant_weight: float = 0.2
+    second_look: int = 1400
+    second_weight: float = 1.0
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
     warmup: int = 100
@@ -169,7 +173,12 @@ class Trainer:
                 image = self.model.encode_image(batch.pixels)
                 logits, targets = answer_logits(self.model, self.tokens.prefix, batch, image)
                 loss = nn.functional.cross_entropy(logits, targets)
-                (loss + self.recipe.quadrant_weight * self.reader.loss(image, batch)).backward()
+                quadrant_loss, weight = self.reader.loss(image, batch), self.recipe.quadrant_weight
+                if self.step >= self.recipe.second_look:
+                    more = self.pictures.batch_at(self.step, self.tokens, asking=False)
+                    second_loss = self.reader.loss(self.model.encode_image(more.pixels), more)
+                    quadrant_loss, weight = (quadrant_loss + second_loss) / 2, self.recipe.second_weight
+                (loss + weight * quadrant_loss).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1

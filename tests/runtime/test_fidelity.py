@@ -1,0 +1,207 @@
+"""The .pte correctness test passes a healthy file and fails every kind of unfaithful one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mvlm.export.package import PROMPT_TEMPLATE
+from mvlm.runtime.fidelity import Row, compare_free, cosine, snr_db
+from mvlm.runtime.test_pte import main
+
+#: Rows that look at the weights, not at what the file says about itself.
+NUMERIC_ROWS = ("vision features", "token embeddings", "prefill logits", "forced tokens", "forced logits")
+
+
+def run(capsys: pytest.CaptureFixture[str], pte: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, report, and the line that names the failed rows."""
+    code = main([str(pte), "--quiet", *arguments])
+    report = capsys.readouterr().out
+    return code, report, report.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def tampered(demo_pte: Path, tmp_path: Path) -> Callable[[Callable[[bytearray], None]], Path]:
+    """Makes a copy of the demo .pte with some of its bytes changed."""
+
+    def make(change: Callable[[bytearray], None]) -> Path:
+        data = bytearray(demo_pte.read_bytes())
+        change(data)
+        path = tmp_path / "tampered.pte"
+        path.write_bytes(data)
+        return path
+
+    return make
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def packed_int4(values: Tensor) -> bytes:
+    """4-bit weights as XNNPACK's serializer writes them: two in a byte, offset by 8, the even column below."""
+    unsigned = (values + 8).to(torch.uint8)
+    return raw_bytes(unsigned[:, 0::2] | (unsigned[:, 1::2] << 4))
+
+
+def find(data: bytearray, needle: bytes) -> int:
+    """The offset of bytes that must be in the file exactly once."""
+    assert data.count(needle) == 1
+    return data.find(needle)
+
+
+def swap(data: bytearray, first: bytes, second: bytes) -> None:
+    assert len(first) == len(second)
+    at_first, at_second = find(data, first), find(data, second)
+    data[at_first : at_first + len(first)] = second
+    data[at_second : at_second + len(second)] = first
+
+
+def test_passes_the_demo_file(capsys, demo_pte):
+    code, report, verdict = run(capsys, demo_pte)
+    assert code == 0, report
+    assert "FAILED" not in report
+    assert "faithful" in verdict
+    for name in (*NUMERIC_ROWS, "pixels", "free tokens", "tokenizer"):
+        assert name in report
+
+
+def test_passes_with_another_picture_and_question(capsys, demo_pte, tmp_path):
+    from PIL import Image
+
+    picture = tmp_path / "wide.png"
+    Image.linear_gradient("L").resize((301, 77)).convert("RGB").save(picture)
+    code, report, _ = run(capsys, demo_pte, "--image", str(picture), "--prompt", "How many shapes are there?")
+    assert code == 0, report
+
+
+def test_fails_when_two_layers_are_swapped(capsys, tampered, models):
+    layers = models.quantized.model.language_model.layers
+
+    def swap_layers(data: bytearray) -> None:
+        first, second = dict(layers[1].named_modules()), dict(layers[2].named_modules())
+        names = [name for name, module in first.items() if isinstance(module, torch.nn.Linear)]
+        assert len(names) == 7
+        for name in names:
+            swap(data, packed_int4(first[name].weight.qdata), packed_int4(second[name].weight.qdata))
+            swap(data, raw_bytes(first[name].weight.scale), raw_bytes(second[name].weight.scale))
+
+    code, report, verdict = run(capsys, tampered(swap_layers))
+    assert code == 1, report
+    assert "prefill logits (pte/quantized)" in verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("language_model.layers.0.mlp.down_proj", "prefill logits (pte/quantized)"),
+        ("language_model.lm_head", "prefill logits (pte/quantized)"),
+        ("vision_tower.encoder.layers.3.mlp.fc1", "vision features (pte/quantized)"),
+    ],
+)
+def test_fails_when_the_scales_of_one_tensor_are_doubled(capsys, tampered, models, name, row):
+    scale = models.quantized.model.get_submodule(name).weight.scale
+
+    def double(data: bytearray) -> None:
+        at = find(data, raw_bytes(scale))
+        doubled = raw_bytes(scale * 2)
+        data[at : at + len(doubled)] = doubled
+
+    code, report, verdict = run(capsys, tampered(double))
+    assert code == 1, report
+    assert row in verdict
+
+
+@pytest.mark.parametrize(
+    ("where", "row"),
+    [
+        ("language_model.layers.3.mlp.gate_proj", "prefill logits (pte/quantized)"),
+        ("language_model.embed_tokens", "token embeddings (pte/quantized)"),
+        ("vision_tower.encoder.layers.0.mlp.fc2", "vision features (pte/quantized)"),
+    ],
+)
+def test_fails_when_2000_bytes_are_flipped(capsys, tampered, models, where, row):
+    weight = models.quantized.model.get_submodule(where).weight
+    stored = packed_int4(weight.qdata) if "layers.3" in where else raw_bytes(weight.qdata)
+
+    def flip(data: bytearray) -> None:
+        at = find(data, stored)
+        for offset in range(2000):
+            data[at + offset] ^= 0xFF
+
+    code, report, verdict = run(capsys, tampered(flip))
+    assert code == 1, report
+    assert row in verdict
+
+
+def test_fails_for_the_file_of_another_checkpoint(capsys, demo_pte, demo_checkpoint, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(demo_checkpoint, other)
+    tensors = load_file(other / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * 0.3
+            tensors[name] = (tensor.float() + noise).to(tensor.dtype)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    code, report, verdict = run(capsys, demo_pte, "--model", str(other))
+    assert code == 1, report
+    assert "metadata.checkpoint_id" in verdict
+    assert "prefill logits (pte/quantized)" in verdict
+
+
+def test_fails_for_a_wrong_prompt_template(capsys, tampered):
+    def rewrite(data: bytearray) -> None:
+        at = find(data, PROMPT_TEMPLATE.encode())
+        data[at : at + len(PROMPT_TEMPLATE)] = PROMPT_TEMPLATE.replace("USER:", "HUMN:").encode()
+
+    code, report, verdict = run(capsys, tampered(rewrite))
+    assert code == 1, report
+    assert verdict == "FAILED: metadata.prompt_template (pte/checkpoint)"
+    assert "HUMN:" in report
+
+
+def test_fails_for_another_tokenizer(capsys, tampered, models):
+    def rewrite(data: bytearray) -> None:
+        at = find(data, models.float32.tokenizer)
+        data[at + 40] ^= 1
+
+    code, report, verdict = run(capsys, tampered(rewrite))
+    assert code == 1, report
+    assert "tokenizer (pte/checkpoint)" in verdict
+
+
+def test_unusable_input_exits_with_2(capsys, demo_pte, tmp_path):
+    empty = tmp_path / "empty.pte"
+    empty.touch()
+    assert main([str(empty), "--quiet"]) == 2
+    assert "no ExecuTorch program" in capsys.readouterr().err
+    assert main([str(demo_pte), "--quiet", "--model", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert main([str(demo_pte), "--quiet", "--image", str(empty)]) == 2
+    assert "no picture" in capsys.readouterr().err
+
+
+def test_snr_and_cosine():
+    reference = torch.tensor([3.0, 4.0])
+    assert snr_db(reference, reference) == float("inf")
+    assert snr_db(reference, reference * 1.1) == pytest.approx(20)
+    assert snr_db(reference, torch.tensor([3.0, float("nan")])) == -float("inf")
+    assert cosine(reference, reference * 7) == pytest.approx(1)
+    assert cosine(reference, torch.tensor([-4.0, 3.0])) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("lead", "passed"), [(0.05, True), (5.0, False)])
+def test_free_tokens_may_part_only_at_a_tie(lead, passed):
+    logits = torch.zeros(3, 4)
+    logits[0, 1] = logits[2, 3] = 9.0
+    logits[1, 2] = lead
+    row: Row = compare_free([1, 2, 3], logits, [1, 0, 3], noise=0.01)
+    assert row.passed is passed
+    assert row.top1 == pytest.approx(1 / 3)
