@@ -126,7 +126,7 @@ def test_a_program_that_is_not_ours(tmp_path):
     program = to_edge(torch.export.export(torch.nn.ReLU(), (torch.ones(2),))).to_executorch()
     path = tmp_path / "relu.pte"
     path.write_bytes(program.buffer)
-    with pytest.raises(PteError, match="not one of mvlm's: it lacks .*text_decoder.* and has forward"):
+    with pytest.raises(PteError, match=r"not one of mvlm's: it lacks .*text_decoder.* and has forward"):
         MobileVLM(path)
 
 
