@@ -49,8 +49,10 @@ def check_pte_file(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(_HEADER_SIZE)
-    if len(header) < _HEADER_SIZE or header[4:6] != b"ET" or header[8:12] != b"eh00":
+    if len(header) < _HEADER_SIZE or header[4:6] != b"ET":
         raise PteError(f"{path}: is no ExecuTorch program; make one with: python -m mvlm.export --pte-name {path.name}")
+    if header[8:12] != b"eh00":
+        return  # a program without weights or delegates has no extended header, and nothing behind its flatbuffer
 
     def field(offset: int) -> int:
         return int.from_bytes(header[offset : offset + 8], "little")

@@ -77,30 +77,36 @@ def build(config: MobileVLMConfig, seed: int) -> MobileVLM:
     return model
 
 
-class QuadrantReader(nn.Module):
-    """Reads shape and colour in each quadrant off the image tokens, linearly. Of use while training only.
+class ImageReader(nn.Module):
+    """Reads off the image tokens, linearly, what is in each quadrant and where each token is. Used while training only.
 
     MobileVLM starts from a vision tower that CLIP has trained. Ours has to learn to see from nothing, which takes very
-    long through the language model's answers and is quick with this.
+    long through the language model's answers and is quick with this. And "Where is the ...?" can be answered once a
+    token that shows a shape also tells its own place.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
         self.shape = nn.Linear(width, 1 + len(world.SHAPES))
         self.color = nn.Linear(width, 1 + len(world.COLORS))
+        self.place = nn.Linear(width, tokens)
 
-    def forward(self, image_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def quadrants(self, image_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, 4, 5] of nothing or a shape, and [B, 4, 9] of nothing or a colour."""
         B, T, D = image_BTD.shape
         half = math.isqrt(T) // 2
         quadrants_B4D = image_BTD.view(B, 2, half, 2, half, D).mean(dim=(2, 4)).flatten(1, 2)
         return self.shape(quadrants_B4D), self.color(quadrants_B4D)
 
-    def loss(self, image_BTD: Tensor, batch: Batch) -> Tensor:
-        shape, color = self(image_BTD)
+    def quadrant_loss(self, image_BTD: Tensor, batch: Batch) -> Tensor:
+        shape, color = self.quadrants(image_BTD)
         return nn.functional.cross_entropy(shape.flatten(0, 1), batch.quadrant_shapes.flatten()) + (
             nn.functional.cross_entropy(color.flatten(0, 1), batch.quadrant_colors.flatten())
         )
+
+    def place_loss(self, image_BTD: Tensor) -> Tensor:
+        B, T, _ = image_BTD.shape
+        return nn.functional.cross_entropy(self.place(image_BTD).flatten(0, 1), torch.arange(T).repeat(B))
 
 
 def _attention_mask(batch: Batch, prefix: int, image: int) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mvlm.export.demo import world
 from mvlm.export.demo.data import PromptTokens, TrainingPictures, make_batch, normalized, quadrant_labels, resized
 from mvlm.export.demo.evaluate import evaluate_checkpoint, table
-from mvlm.export.demo.network import QuadrantReader, answer_logits, build, demo_config
+from mvlm.export.demo.network import ImageReader, answer_logits, build, demo_config
 from mvlm.export.demo.tokenizer import train_tokenizer
 from mvlm.export.demo.write_checkpoint import write_checkpoint
 from mvlm.export.models import MobileVLM, MobileVLMConfig
@@ -47,6 +47,8 @@ class Recipe:
         quadrant_weight: of that loss beside the answers' once the language model has joined.
         second_look: from this step on, the loss of the quadrants weighs ``second_weight``, and as many pictures
             again are looked at for it alone. By then what the eyes take for another shape is most of what is wrong.
+        place_from: from this step on, each image token also has to tell its place in the picture, with a loss of
+            weight ``place_weight``.
         learning_rate: reached after ``warmup`` steps, held, and lowered to ``final_learning_rate`` along a cosine
             over the last ``decay`` part of the steps. What happens before the decay does not depend on ``steps``.
             It is warmed up again when the language model joins.
@@ -58,17 +60,19 @@ class Recipe:
     """
 
     seed: int = 1
-    steps: int = 2800
+    steps: int = 3200
     batch: int = 16
     vision_steps: int = 600
     vision_batch: int = 32
     quadrant_weight: float = 0.2
     second_look: int = 1400
     second_weight: float = 1.0
+    place_from: int = 1800
+    place_weight: float = 0.3
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
     warmup: int = 100
-    decay: float = 0.4
+    decay: float = 0.35
     weight_decay: float = 0.05
     pool: int = 2048
     renewed: int = 8
@@ -123,7 +127,7 @@ def rounded_linears(model: MobileVLM, group_size: int) -> Iterator[None]:
             tied.grad = gradient if tied.grad is None else tied.grad + gradient
 
 
-def make_optimizer(model: MobileVLM, reader: QuadrantReader, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimizer(model: MobileVLM, reader: ImageReader, recipe: Recipe) -> torch.optim.AdamW:
     parameters = list(dict.fromkeys([*model.parameters(), *reader.parameters()]))
     decayed = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
@@ -143,7 +147,7 @@ class Trainer:
         self.tokens = PromptTokens(tokenizer_model)
         self.config = config or demo_config(self.tokens.processor.vocab_size())
         self.model = build(self.config, recipe.seed)
-        self.reader = QuadrantReader(self.config.text.hidden_size)
+        self.reader = ImageReader(self.config.text.hidden_size, self.config.num_image_tokens)
         self.optimizer = make_optimizer(self.model, self.reader, recipe)
         pool = max(recipe.pool, recipe.batch, recipe.vision_batch)
         self.pictures = TrainingPictures(recipe.seed, self.config.vision.image_size, recipe.batch, pool, recipe.renewed)
@@ -165,7 +169,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.step < self.recipe.vision_steps:
             batch = self.pictures.batch_at(self.step, self.tokens, self.recipe.vision_batch, asking=False)
-            loss = self.reader.loss(self.model.encode_image(batch.pixels), batch)
+            loss = self.reader.quadrant_loss(self.model.encode_image(batch.pixels), batch)
             loss.backward()
         else:
             batch = self.pictures.batch_at(self.step, self.tokens)
@@ -173,12 +177,15 @@ class Trainer:
                 image = self.model.encode_image(batch.pixels)
                 logits, targets = answer_logits(self.model, self.tokens.prefix, batch, image)
                 loss = nn.functional.cross_entropy(logits, targets)
-                quadrant_loss, weight = self.reader.loss(image, batch), self.recipe.quadrant_weight
+                quadrant_loss, weight = self.reader.quadrant_loss(image, batch), self.recipe.quadrant_weight
                 if self.step >= self.recipe.second_look:
                     more = self.pictures.batch_at(self.step, self.tokens, asking=False)
-                    second_loss = self.reader.loss(self.model.encode_image(more.pixels), more)
+                    second_loss = self.reader.quadrant_loss(self.model.encode_image(more.pixels), more)
                     quadrant_loss, weight = (quadrant_loss + second_loss) / 2, self.recipe.second_weight
-                (loss + weight * quadrant_loss).backward()
+                total = loss + weight * quadrant_loss
+                if self.step >= self.recipe.place_from:
+                    total = total + self.recipe.place_weight * self.reader.place_loss(image)
+                total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -235,7 +242,7 @@ def quadrant_accuracy(trainer: Trainer, pictures: int, seed: str) -> tuple[float
     """How often shape and colour of an object are read off the image tokens, in percent, over fresh pictures."""
     chosen = [world.sample_picture(random.Random(f"{seed}/{index}")) for index in range(pictures)]
     pixels = [resized(picture.image(), trainer.config.vision.image_size) for picture in chosen]
-    read = trainer.reader(trainer.model.encode_image(normalized(pixels)))
+    read = trainer.reader.quadrants(trainer.model.encode_image(normalized(pixels)))
     labels = quadrant_labels([picture.scene for picture in chosen])
     return tuple(
         100 * (logits.argmax(dim=2) == label)[label > 0].float().mean().item()
