@@ -60,7 +60,7 @@ class Recipe:
     """
 
     seed: int = 1
-    steps: int = 3200
+    steps: int = 3400
     batch: int = 16
     vision_steps: int = 600
     vision_batch: int = 32

@@ -167,7 +167,7 @@ def random_tensors(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
     tensors = {}
     for name, shape in shapes.items():
         tensor = torch.randn(shape, generator=generator)
-        if "embedding" in name.rsplit(".", 2)[-2] or "embed_tokens" in name:
+        if name.endswith(("embed_tokens.weight", "token_embedding.weight", "position_embedding.weight")):
             tensors[name] = tensor
         elif len(shape) > 1:
             tensors[name] = tensor * torch.Size(shape[1:]).numel() ** -0.5

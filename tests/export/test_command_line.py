@@ -1,0 +1,326 @@
+"""``python -m mvlm.export``: flags, exit codes and what is said; the export itself is tested elsewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from random_checkpoint import RandomCheckpoint, Sizes
+
+from mvlm.export import demo, pipeline
+from mvlm.export.__main__ import main, parse_arguments, recipe_of
+from mvlm.export.contract import ImageProcessing, Metadata
+from mvlm.export.errors import ExportError
+from mvlm.export.pipeline import Exported
+from mvlm.export.progress import Progress
+from mvlm.export.recipe import Recipe
+
+FLAGS = (
+    "--pte-name",
+    "--model",
+    "--vision-tower",
+    "--recipe",
+    "--group-size",
+    "--scales",
+    "--max-context-len",
+    "--with-artifacts",
+    "--quiet",
+    "--version",
+    "--help",
+)
+
+METADATA = Metadata(
+    model_name="a model",
+    checkpoint_id="sha256:0",
+    mvlm_version="0",
+    recipe="{}",
+    max_context_len=2,
+    vocab_size=3,
+    bos_id=1,
+    eos_ids=(2,),
+    prompt_template="{prompt}",
+    image_marker="<image>",
+    image_prefix="<image>",
+    stop_strings=(),
+    image=ImageProcessing(1, (0, 0, 0), (1, 1, 1), (0, 0, 0), 1),
+)
+
+
+@pytest.fixture
+def exports(monkeypatch) -> list[tuple[str, Path, Recipe, str | None]]:
+    """What would have been exported; nothing is."""
+    asked = []
+
+    def export_checkpoint(model: str, path: Path, recipe: Recipe, tower: str | None, progress: Progress) -> Exported:
+        asked.append((model, path, recipe, tower))
+        return Exported(path, 1234567, METADATA, b"tokenizer")
+
+    monkeypatch.setattr(pipeline, "export_checkpoint", export_checkpoint)
+    return asked
+
+
+def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said about flags that argparse refuses, with exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("usage: python -m mvlm.export ")
+    return captured.err
+
+
+def input_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said about input that cannot be used: one line, exit code 2."""
+    assert main([*arguments, "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mvlm.export: ")
+    return captured.err
+
+
+# -- help and version -------------------------------------------------------------------------------------------------
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for flag in FLAGS:
+        assert re.search(rf"^  (-h, )?{flag}\b", out, re.MULTILINE), flag
+    words = " ".join(out.split())
+    for default in ("128", "hqq", "768", "mobile", "the bundled demo checkpoint"):
+        assert f"(default: {default})" in words
+    examples = out[out.index("examples:") : out.index("then:")]
+    assert len(re.findall("^  python -m mvlm.export ", examples, re.MULTILINE)) == 3
+    assert "llava_main --model_path" in out
+
+
+def test_examples_of_the_help_are_valid(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    for line in re.findall(r"python -m mvlm\.export (--.*)", capsys.readouterr().out):
+        parse_arguments(line.split())
+
+
+def test_program_answers_at_once():
+    """--help and wrong flags do not wait for torch to be imported."""
+    code = (
+        "import sys\n"
+        "from mvlm.export.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert 'torch' not in sys.modules\n"
+    )
+    assert "usage:" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    ran = subprocess.run([sys.executable, "-m", "mvlm.export"], capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "the following arguments are required: --pte-name" in ran.stderr
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"mvlm {version('mvlm')}\n"
+
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "recipe"),
+    [
+        ("", Recipe()),
+        ("--group-size 32", Recipe(group_size=32)),
+        ("--scales affine --max-context-len 100", Recipe(scales="affine", max_context_len=100)),
+        ("--recipe mobile --group-size 64", Recipe(group_size=64)),
+    ],
+)
+def test_recipe_of_flags(flags, recipe):
+    assert recipe_of(parse_arguments(["--pte-name", "x.pte", *flags.split()])) == recipe
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: --pte-name"),
+        ("--model m", "the following arguments are required: --pte-name"),
+        ("--pte-name x.pte --bits 3", "unrecognized arguments: --bits 3"),
+        ("--pte-name x.pte stray", "unrecognized arguments: stray"),
+        ("--pte-name x.pte --group-size many", "--group-size: invalid int value: 'many'"),
+        ("--pte-name x.pte --max-context-len 1e3", "--max-context-len: invalid int value: '1e3'"),
+        ("--pte-name x.pte --scales best", "--scales: invalid choice: 'best' (choose from"),
+        ("--pte-name x.pte --recipe desktop", "--recipe: invalid choice: 'desktop' (choose from"),
+        ("--pte-name x.pte --model", "--model: expected one argument"),
+    ],
+)
+def test_wrong_flags(arguments, message, capsys, exports):
+    assert message in usage_error(arguments.split(), capsys)
+    assert not exports
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--group-size 48", "group size 48 is not possible: XNNPACK takes powers of two from 32 on (32, 64, 128, …)"),
+        ("--group-size 0", "group size 0 is not possible"),
+        ("--max-context-len 0", "max context length 0 is too short: a prompt and an answer need 2 at least"),
+        ("--max-context-len -1", "max context length -1 is too short"),
+        ("--vision-tower t", "--vision-tower goes with --model; the bundled demo checkpoint has its own"),
+    ],
+)
+def test_values_that_are_not_possible(flags, message, capsys, exports, tmp_path):
+    assert message in input_error(["--pte-name", str(tmp_path / "x.pte"), *flags.split()], capsys)
+    assert not exports
+    assert not list(tmp_path.iterdir())
+
+
+# -- where to write, what to read -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none/x.pte", "there is no folder {}/none; make it first"),
+        ("", "is a folder; give the name of a file in it"),
+        ("file/x.pte", "there is no folder {}/file; make it first"),
+    ],
+)
+def test_unusable_path_is_found_before_any_work(name, message, capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("began to work"))
+    error = input_error(["--pte-name", str(tmp_path / name)], capsys)
+    assert message.format(tmp_path) in error
+    assert str(tmp_path / name) in error
+
+
+def test_folder_that_cannot_be_written_to(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    assert f"the folder {tmp_path} cannot be written to" in input_error(["--pte-name", str(tmp_path / "x")], capsys)
+
+
+def test_model_that_is_not_there(capsys, tmp_path):
+    error = input_error(["--model", str(tmp_path / "none"), "--pte-name", str(tmp_path / "x.pte")], capsys)
+    assert f"model {tmp_path}/none: no such folder" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_spoiled_checkpoint(capsys, tmp_path):
+    folder = RandomCheckpoint.make().write(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"")
+    error = input_error(["--model", str(folder), "--pte-name", str(tmp_path / "x.pte")], capsys)
+    assert "model.safetensors: cannot be read as safetensors" in error
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_context_beyond_what_the_model_was_trained_for(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline, "quantize", lambda *_: pytest.fail("went on with it"))
+    folder = RandomCheckpoint.make(Sizes(max_position_embeddings=100)).write(tmp_path / "model")
+    arguments = ["--model", str(folder), "--pte-name", str(tmp_path / "x.pte"), "--max-context-len", "101"]
+    error = input_error(arguments, capsys)
+    assert re.search(r"101\b.*\b100\b", error)
+    assert "max_position_embeddings" in error
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_picture_that_leaves_no_room(capsys, monkeypatch, tmp_path):
+    """16 image tokens do not fit into 16 positions with a question and an answer."""
+    monkeypatch.setattr(pipeline, "quantize", lambda *_: pytest.fail("went on with it"))
+    folder = RandomCheckpoint.make(Sizes(projector="linear")).write(tmp_path / "model")
+    arguments = ["--model", str(folder), "--pte-name", str(tmp_path / "x.pte"), "--max-context-len", "16"]
+    error = input_error(arguments, capsys)
+    assert re.search(r"16\b.*\b16\b", error)
+
+
+# -- what is done and said --------------------------------------------------------------------------------------------
+
+
+def test_without_model_the_demo_checkpoint_is_exported(capsys, exports, tmp_path):
+    path = tmp_path / "x.pte"
+    assert main(["--pte-name", str(path), "--group-size", "64"]) == 0
+    assert exports == [(str(demo.CHECKPOINT), path, Recipe(group_size=64), None)]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"no --model given: exporting the bundled demo checkpoint, {demo.CHECKPOINT}" in captured.err
+    assert f"{path}: 1,234,567 bytes, a model, " in captured.err
+
+
+def test_model_and_tower_are_handed_on(capsys, exports, tmp_path):
+    path = tmp_path / "x.pte"
+    assert main(["--pte-name", str(path), "--model", "m", "--vision-tower", "t", "--quiet"]) == 0
+    assert exports == [("m", path, Recipe(), "t")]
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_artifacts(capsys, exports, tmp_path, sample_image):
+    assert main(["--pte-name", str(tmp_path / "x.pte"), "--with-artifacts"]) == 0
+    names = {"tokenizer.model", "x.json", sample_image.name}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    err = capsys.readouterr().err
+    for name in names:
+        assert f"{tmp_path / name}: " in err
+
+
+@pytest.mark.parametrize(
+    ("exception", "code", "message"),
+    [
+        (ExportError("this cannot be"), 2, "mvlm.export: this cannot be\n"),
+        (OSError(28, "No space left on device"), 1, "could not be written: [Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, "mvlm.export: interrupted; nothing was written\n"),
+    ],
+    ids=["ExportError", "OSError", "KeyboardInterrupt"],
+)
+def test_exit_codes(exception, code, message, capsys, monkeypatch, tmp_path):
+    def export_checkpoint(*_: object) -> None:
+        raise exception
+
+    monkeypatch.setattr(pipeline, "export_checkpoint", export_checkpoint)
+    assert main(["--pte-name", str(tmp_path / "x.pte"), "--quiet"]) == code
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_progress_says_time_and_memory(capsys):
+    progress = Progress()
+    with progress.stage("lower to XNNPACK"):
+        progress.say("  a detail")
+    begin, detail, end = capsys.readouterr().err.splitlines()
+    assert begin == "lower to XNNPACK …"
+    assert detail == "  a detail"
+    assert re.fullmatch(r"lower to XNNPACK +\d+\.\d s +elapsed +\d+\.\d s +peak +[1-9]\d+ MiB", end)
+
+
+def test_quiet_progress_says_nothing(capsys):
+    progress = Progress(quiet=True)
+    with progress.stage("lower to XNNPACK"):
+        progress.say("  a detail")
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_what_the_pipeline_says(tmp_path, capsys, monkeypatch):
+    """Every stage is named, and so are unused tensors and smaller groups. Stopped before it takes long."""
+    folder = RandomCheckpoint.make(Sizes(projector="linear")).write(tmp_path / "model")
+
+    def stop(*_: object) -> None:
+        raise ExportError("far enough")
+
+    monkeypatch.setattr(pipeline, "capture", stop)
+    arguments = ["--model", str(folder), "--pte-name", str(tmp_path / "x.pte"), "--max-context-len", "100"]
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    for stage in ("load checkpoint", "quantize"):
+        assert re.search(rf"^{stage} .* s   elapsed .* MiB$", err, re.MULTILINE), stage
+    assert "\ncapture with torch.export …\nmvlm.export: far enough\n" in err
+    assert re.search(
+        r"^  18 tensors are not needed: vision_model\.encoder\.layers\.1\..* and 15 more$", err, re.MULTILINE
+    )
+    assert "group size 64 instead of 128 for" in err
+    assert "group size 32 instead of 128 for mlp.down_proj: their width wants it" in err
+    assert list(tmp_path.iterdir()) == [folder]

@@ -1,0 +1,203 @@
+"""Lowering: everything heavy is delegated, a linear left outside is an error, and being quick changes nothing."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest import mock
+
+import executorch.backends.xnnpack._passes as xnnpack_passes
+import pytest
+import torch
+from executorch.backends.xnnpack._passes import XNNPACKPassManager
+from executorch.exir import ExecutorchBackendConfig
+from executorch.exir.backend.partitioner import PartitionResult
+from torch import Tensor, nn
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+from torchao.quantization.granularity import PerGroup
+
+from mvlm.export import lower as lowering
+from mvlm.export.capture import capture_text_decoder
+from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
+from mvlm.export.errors import ExportError
+from mvlm.export.lower import MethodDelegation, delegation_table, lower, skipping_idle_passes
+
+LINEARS_OF_A_LAYER = 7
+LINEARS_OF_A_BLOCK = 6
+LINEAR_PROJECTOR = 1
+LM_HEAD = 1
+
+
+def test_all_linears_of_the_text_decoder_are_delegated(lowered_text):
+    [text] = lowered_text.delegation
+    assert text.method == TEXT_DECODER
+    assert text.quantized_linears == LINEARS_OF_A_LAYER + LM_HEAD
+    assert 1 <= text.quantized <= text.quantized_linears
+    assert text.float32 >= 1
+    assert text.float32_operators >= text.float32
+    assert text.left["mvlm.sdpa_with_kv_cache"] == 1
+    assert not any("linear" in name or "mm" in name or "quantize" in name for name in text.left)
+
+
+def test_all_linears_of_the_vision_encoder_are_delegated(lowered_vision):
+    vision, embedding = lowered_vision.delegation
+    assert vision.method == VISION_ENCODER
+    assert vision.quantized_linears == LINEARS_OF_A_BLOCK + LINEAR_PROJECTOR
+    assert vision.float32 >= 1
+    assert not {"aten.convolution", "aten.bmm", "aten._softmax"} & set(vision.left)
+    assert not any("quantize" in name for name in vision.left)
+
+    assert embedding.method == TOKEN_EMBEDDING
+    assert (embedding.quantized, embedding.quantized_linears, embedding.float32) == (0, 0, 0)
+    assert embedding.left["aten.embedding"] == 1
+
+
+def test_table_of_what_was_taken(lowered_vision, lowered_text):
+    delegation = (*lowered_vision.delegation, *lowered_text.delegation)
+    lines = delegation_table(delegation).splitlines()
+    assert lines[0].split("  ")[0] == "method"
+    assert len({len(line) for line in lines[:4]}) == 1, "the columns are aligned"
+    for line, method in zip(lines[1:4], delegation, strict=True):
+        name, *numbers = line.split()
+        assert name == method.method
+        assert [int(number) for number in numbers] == [
+            method.quantized,
+            method.quantized_linears,
+            method.float32,
+            method.float32_operators,
+            sum(method.left.values()),
+        ]
+    assert [line.split(":")[0] for line in lines[4:]] == [f"left in {method.method}" for method in delegation]
+    assert "1 mvlm.sdpa_with_kv_cache" in lines[-1]
+
+
+def test_table_of_methods_that_are_delegated_whole():
+    table = delegation_table([MethodDelegation("vision_encoder", 1, 2, 3, 4, {})])
+    assert table.splitlines()[1].split() == ["vision_encoder", "1", "2", "3", "4", "0"]
+    assert "left in" not in table
+
+
+@pytest.mark.parametrize(
+    "packet", ["aten.linear", "aten.addmm", "aten.mm", "torchao.choose_qparams_affine", "torchao.dequantize_affine"]
+)
+def test_linear_that_stayed_outside_is_an_error(packet):
+    inside = MethodDelegation(VISION_ENCODER, 1, 1, 1, 1, {"aten.mean": 2})
+    embedding = MethodDelegation(TOKEN_EMBEDDING, 0, 0, 0, 0, {"torchao.dequantize_affine": 1})
+    lowering._check_delegation([inside, embedding])
+    outside = MethodDelegation(TEXT_DECODER, 1, 1, 1, 1, {"aten.mean": 2, packet: 3})
+    with pytest.raises(ExportError, match=rf"did not take every .* stayed text_decoder: 3 x {packet}$"):
+        lowering._check_delegation([inside, embedding, outside])
+
+
+class Linears(nn.Module):
+    def __init__(self, quantized: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 8, bias=False).requires_grad_(False)
+        if quantized:
+            scheme = Int8DynamicActivationIntxWeightConfig(torch.int4, weight_granularity=PerGroup(32))
+            quantize_(self, scheme)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float32", "quantized"])
+def test_linears_that_xnnpack_refuses_are_noticed(quantized, monkeypatch):
+    """The same on real programs: with partitioners that take nothing, lower() must not succeed."""
+    program = torch.export.export(Linears(quantized), (torch.zeros(1, 2, 32),))
+
+    def refuse(self: object, exported_program: torch.export.ExportedProgram) -> PartitionResult:
+        return PartitionResult(tagged_exported_program=exported_program, partition_tags={})
+
+    monkeypatch.setattr(lowering.XnnpackPartitioner, "partition", refuse)
+    with pytest.raises(ExportError, match=r"outside the delegates stayed .*text_decoder: 1 x ") as caught:
+        lower({TEXT_DECODER: program}, {})
+    assert ("torchao." in str(caught.value)) == quantized
+
+
+# -- quick lowering ---------------------------------------------------------------------------------------------------
+
+
+def serialized(lowered: lowering.Lowered) -> bytes:
+    return lowered.edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True)).buffer
+
+
+def test_quick_lowering_gives_the_program_of_slow_lowering(quantized, lowered_text, small_recipe):
+    """Byte for byte what ExecuTorch makes with all its passes, deciding about every call by itself."""
+    with torch.no_grad():
+        program = capture_text_decoder(quantized.model, small_recipe.max_context_len)
+
+    def untuned(self: lowering._CountsWhatItTakes, exported_program: torch.export.ExportedProgram):
+        return super(lowering._CountsWhatItTakes, self).ops_to_not_decompose(exported_program)
+
+    with (
+        mock.patch.object(lowering, "skipping_idle_passes", nullcontext),
+        mock.patch.object(lowering._CountsWhatItTakes, "ops_to_not_decompose", untuned),
+    ):
+        slow = lower({TEXT_DECODER: program}, {})
+    assert slow.delegation == lowered_text.delegation
+    assert serialized(slow) == serialized(lowered_text)
+
+
+def test_only_passes_without_work_are_skipped(monkeypatch):
+    """A named pass runs where its operators are and not elsewhere; a pass that is not named always runs."""
+
+    class Softmax(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(x, dim=-1)
+
+    class Sigmoid(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(x)
+
+    with_softmax, without = (
+        torch.export.export(module(), (torch.zeros(2, 2),)).run_decompositions() for module in (Softmax, Sigmoid)
+    )
+    named, other = xnnpack_passes.ConvertToSDPAPass(with_softmax), xnnpack_passes.XNNPACKRemoveCloneOpsTransform()
+    original = mock.Mock(side_effect=lambda program, pass_: program)
+    monkeypatch.setattr(xnnpack_passes, "_transform", original)
+    with skipping_idle_passes():
+        for program in (with_softmax, without):
+            for pass_ in (named, other):
+                assert xnnpack_passes._transform(program, pass_) is program
+    ran = [call.args for call in original.call_args_list]
+    assert ran == [(with_softmax, named), (with_softmax, other), (without, other)]
+
+
+def test_passes_are_restored_after_an_error():
+    before = xnnpack_passes._transform
+    with pytest.raises(KeyError), skipping_idle_passes():
+        raise KeyError
+    assert xnnpack_passes._transform is before
+
+
+def test_table_of_passes_names_real_ones():
+    """A pass or an operator that ExecuTorch renames would silently no longer be meant."""
+    passes = {pass_.__name__ for pass_ in XNNPACKPassManager(None).passes}
+    assert set(lowering._PASS_ACTS_ON) <= passes
+    for packet in set().union(*lowering._PASS_ACTS_ON.values()) | lowering._LINEAR_PACKETS:
+        namespace, name = packet.split(".")
+        assert hasattr(getattr(torch.ops, namespace), name), packet
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "kept", "decides_per_call"),
+    [([True, True], True, False), ([False, False], False, False), ([True, False], True, True), ([], False, False)],
+    ids=["all wanted", "none wanted", "some wanted", "no calls"],
+)
+def test_what_is_kept_whole(verdicts, kept, decides_per_call):
+    linear = torch.ops.aten.linear.default
+    nodes = [SimpleNamespace(target=linear, wanted=wanted) for wanted in verdicts]
+    nodes.append(SimpleNamespace(target=torch.ops.aten.mean.dim))
+
+    class Partitioner:
+        def ops_to_not_decompose(self, exported_program):
+            return [linear], lambda node: node.wanted
+
+    class Counting(lowering._CountsWhatItTakes, Partitioner):
+        pass
+
+    program = SimpleNamespace(graph=SimpleNamespace(nodes=nodes))
+    operators, is_wanted = Counting().ops_to_not_decompose(program)
+    assert operators == ([linear] if kept else [])
+    assert (is_wanted is not None) == decides_per_call
