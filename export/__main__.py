@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mvlm.export: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"mvlm.export: {options.pte_name}: could not be written: {error}", file=sys.stderr)
+        where = error.filename or options.pte_name
+        print(f"mvlm.export: {where}: could not be read or written: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("mvlm.export: interrupted; nothing was written", file=sys.stderr)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,25 @@ def resolve_folder(name: str, role: str) -> Path:
         ) from error
 
 
+@contextmanager
+def _blaming(where: Path) -> Iterator[None]:
+    """Says of a model that cannot be built which file asked for it."""
+    try:
+        yield
+    except ExportError:
+        raise
+    except ValueError as error:
+        raise ExportError(f"{where}: {error}") from error
+
+
+def _check_sizes(config: Mapping[str, Any], keys: Iterable[str], where: Path) -> None:
+    """Refuses sizes that are no whole numbers from 1 on; a key that is not there is not looked at."""
+    for key in keys:
+        value = config.get(key, 1)
+        if type(value) is not int or value < 1:
+            raise ExportError(f"{where}: {key} is {value!r}; a whole number from 1 on is expected")
+
+
 def text_config(config: Mapping[str, Any], where: Path) -> MobileLlamaConfig:
     """The language model's sizes from config.json.
 
@@ -306,19 +326,23 @@ def text_config(config: Mapping[str, Any], where: Path) -> MobileLlamaConfig:
         raise ExportError(f"{where}: attention_bias and mlp_bias are not supported; MobileLLaMA has none")
     if config.get("hidden_act", "silu") != "silu":
         raise ExportError(f"{where}: hidden_act {config['hidden_act']!r} is not supported; MobileLLaMA uses silu")
+    _check_sizes(config, (*(key for key in required if key != "rms_norm_eps"), "max_position_embeddings"), where)
+    # These two may be null, which means the same as their absence.
+    _check_sizes(config, (key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None), where)
     heads = config["num_attention_heads"]
-    return MobileLlamaConfig(
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        rms_norm_eps=config["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
-    )
+    with _blaming(where):
+        return MobileLlamaConfig(
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            rms_norm_eps=config["rms_norm_eps"],
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
+        )
 
 
 def vision_config(config: Mapping[str, Any], where: Path) -> CLIPVisionConfig:
@@ -329,18 +353,21 @@ def vision_config(config: Mapping[str, Any], where: Path) -> CLIPVisionConfig:
     missing = [key for key in names if key not in config]
     if missing:
         raise ExportError(f"{where}: lacks {', '.join(missing)} of a CLIP vision tower")
-    return CLIPVisionConfig(
-        **{key: config[key] for key in names},
-        layer_norm_eps=config.get("layer_norm_eps", defaults.layer_norm_eps),
-        hidden_act=config.get("hidden_act", defaults.hidden_act),
-    )
+    _check_sizes(config, names, where)
+    with _blaming(where):
+        return CLIPVisionConfig(
+            **{key: config[key] for key in names},
+            layer_norm_eps=config.get("layer_norm_eps", defaults.layer_norm_eps),
+            hidden_act=config.get("hidden_act", defaults.hidden_act),
+        )
 
 
 def vision_config_from_shapes(weights: WeightFiles, prefix: str) -> CLIPVisionConfig:
     """The sizes of a tower whose config is not at hand, from its tensors; heads are :data:`CLIP_HEAD_DIM` wide.
 
     Raises:
-        ExportError: the tensors that tell the sizes are missing or of other ranks.
+        ExportError: the tensors that tell the sizes are missing or of other ranks, or the width is no multiple of a
+            head's.
     """
     try:
         width, _, patch_size, _ = weights.shape(f"{prefix}embeddings.patch_embedding.weight")
@@ -350,13 +377,18 @@ def vision_config_from_shapes(weights: WeightFiles, prefix: str) -> CLIPVisionCo
         raise ExportError(
             f"{weights.folder}: the vision tower in it lacks or misshapes a tensor that tells its sizes ({error})"
         ) from error
+    if width % CLIP_HEAD_DIM:
+        raise ExportError(
+            f"{weights.folder}: the vision tower in it is {width} wide, which is no multiple of CLIP's head width "
+            f"{CLIP_HEAD_DIM}; without a config of its own its heads are not known"
+        )
     layers = {int(m[1]) for name in weights if (m := re.match(re.escape(prefix) + r"encoder\.layers\.(\d+)\.", name))}
     grid_size = round((positions - 1) ** 0.5)
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=intermediate_size,
         num_hidden_layers=max(layers) + 1,
-        num_attention_heads=max(1, width // CLIP_HEAD_DIM),
+        num_attention_heads=width // CLIP_HEAD_DIM,
         image_size=grid_size * patch_size,
         patch_size=patch_size,
     )
@@ -369,6 +401,8 @@ def _tokenizer_bytes(folder: Path, vocab_size: int) -> bytes:
     if not path.is_file():
         raise ExportError(f"{path}: no such file; the SentencePiece model of the checkpoint is required")
     data = path.read_bytes()
+    if not data:
+        raise ExportError(f"{path}: not a SentencePiece model (it is empty)")
     try:
         pieces = SentencePieceProcessor(model_proto=data).get_piece_size()
     except Exception as error:
@@ -380,8 +414,15 @@ def _tokenizer_bytes(folder: Path, vocab_size: int) -> bytes:
     return data
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, list) else (value,)
+def _token_ids(config: Mapping[str, Any], key: str, default: int, where: Path) -> tuple[int, ...]:
+    """One id or a list of them under ``key``, each a row of the embedding."""
+    value = config.get(key, default)
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not ids or not all(type(token) is int and 0 <= token < config["vocab_size"] for token in ids):
+        raise ExportError(
+            f"{where}: {key} is {value!r}; ids from 0 to {config['vocab_size'] - 1} (vocab_size - 1) are expected"
+        )
+    return ids
 
 
 def _check_llava_options(config: Mapping[str, Any], where: Path) -> None:
@@ -413,6 +454,7 @@ class _Assembler:
 
     def __init__(self, model: MobileVLM) -> None:
         self.parameters = dict(model.named_parameters())
+        self.dead_blocks = range(len(model.vision_tower.encoder.layers), model.config.vision.num_hidden_layers)
         self.missing = set(self.parameters)
         self.unused: list[str] = []
         self.unknown: list[str] = []
@@ -429,7 +471,8 @@ class _Assembler:
             self._copy(name, tensor, target)
 
     def _is_beyond_selected_block(self, target: str) -> bool:
-        return target.startswith("vision_tower.encoder.layers.") and target not in self.parameters
+        match = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", target)
+        return match is not None and int(match[1]) in self.dead_blocks
 
     def _copy(self, name: str, tensor: Tensor, target: str) -> None:
         parameter = self.parameters[target]
@@ -516,13 +559,18 @@ def load(model: str, vision_tower: str | None = None) -> LoadedCheckpoint:
             f"{vision.hidden_size} wide; it is not the tower this checkpoint was trained with"
         )
 
+    select_layer = config.get("mm_vision_select_layer", -2)
+    if type(select_layer) is not int:
+        raise ExportError(f"{config_path}: mm_vision_select_layer is {select_layer!r}; a whole number is expected")
     mobilevlm_config = MobileVLMConfig(
         text=text,
         vision=vision,
         projector_type=projector_type,
-        vision_select_layer=config.get("mm_vision_select_layer", -2),
+        vision_select_layer=select_layer,
     )
-    network = _empty_model(mobilevlm_config)
+    with _blaming(config_path):
+        network = _empty_model(mobilevlm_config)
+        _ = mobilevlm_config.num_image_tokens  # which refuses a grid of patches that the projector cannot halve
     assembler = _Assembler(network)
     for name, tensor in weights.items():
         assembler.add(name, tensor, *_map_main_name(name, projector_type))
@@ -539,8 +587,8 @@ def load(model: str, vision_tower: str | None = None) -> LoadedCheckpoint:
         model=network.eval(),
         preprocessing=preprocessing,
         tokenizer=tokenizer,
-        bos_id=config.get("bos_token_id", 1),
-        eos_ids=_token_ids(config.get("eos_token_id", 2)),
+        bos_id=_token_ids(config, "bos_token_id", 1, config_path)[0],
+        eos_ids=_token_ids(config, "eos_token_id", 2, config_path),
         checkpoint_id=_file_hash(read_paths),
         unused=tuple(assembler.unused),
     )

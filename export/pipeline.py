@@ -9,6 +9,7 @@ from pathlib import Path
 from mvlm.export.capture import capture
 from mvlm.export.checkpoint import LoadedCheckpoint, load
 from mvlm.export.contract import Metadata
+from mvlm.export.errors import ExportError
 from mvlm.export.files import check_writable
 from mvlm.export.lower import delegation_table, lower
 from mvlm.export.package import constant_methods, describe, write_pte
@@ -66,6 +67,7 @@ def export_checkpoint(
     check_writable(path)
     with progress.stage("load checkpoint"):
         checkpoint = load(model, vision_tower)
+    _check_context_len(checkpoint, recipe)
     if checkpoint.unused:
         progress.say(f"  {len(checkpoint.unused)} tensors are not needed: {_abridge(checkpoint.unused)}")
     with progress.stage("quantize"):
@@ -80,6 +82,21 @@ def export_checkpoint(
     with progress.stage("plan memory and write"):
         size = write_pte(lowered, path)
     return Exported(path, size, metadata, checkpoint.tokenizer)
+
+
+def _check_context_len(checkpoint: LoadedCheckpoint, recipe: Recipe) -> None:
+    """Refuses a cache that is longer than the model was trained for, or that a picture alone would fill."""
+    config = checkpoint.model.config
+    if recipe.max_context_len > config.text.max_position_embeddings:
+        raise ExportError(
+            f"max context length {recipe.max_context_len} is more than the {config.text.max_position_embeddings} "
+            "positions that the model was trained for (max_position_embeddings of its config.json)"
+        )
+    if recipe.max_context_len <= config.num_image_tokens:
+        raise ExportError(
+            f"max context length {recipe.max_context_len} leaves no room beside a picture, which takes "
+            f"{config.num_image_tokens} positions in this model"
+        )
 
 
 def _abridge(names: tuple[str, ...], shown: int = 3) -> str:

@@ -1,6 +1,6 @@
 """Asks a demo model about pictures drawn anew and counts the answers that are exactly right.
 
-python -m mvlm.export.demo.evaluate --checkpoint export/demo/checkpoint --questions 1000
+python -m mvlm.export.demo.evaluate --checkpoint export/demo/mobilevlm-demo --questions 1000
 python -m mvlm.export.demo.evaluate --pte mobilevlm.pte --llava-main .venv/bin/llava_main --questions 100
 """
 

@@ -600,6 +600,13 @@ def test_v2_with_half_a_tower(v2):
     assert name in message
 
 
+def test_v2_whose_heads_cannot_be_told(tmp_path):
+    sizes = Sizes(projector="ldpnetv2", vision_hidden_size=96)
+    message = error_of(RandomCheckpoint.make(sizes, own_tower=True).write(tmp_path))
+    assert message.startswith(f"{tmp_path}: ")
+    assert "is 96 wide, which is no multiple of CLIP's head width 64" in message
+
+
 def test_v1_without_tower(v1, offline):
     shutil.rmtree(v1 / "tower")
     change_config(v1, mm_vision_tower="openai/clip-vit-large-patch14-336")

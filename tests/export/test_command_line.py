@@ -272,7 +272,7 @@ def test_artifacts(capsys, exports, tmp_path, sample_image):
     ("exception", "code", "message"),
     [
         (ExportError("this cannot be"), 2, "mvlm.export: this cannot be\n"),
-        (OSError(28, "No space left on device"), 1, "could not be written: [Errno 28] No space left on device\n"),
+        (OSError(28, "No space left on device"), 1, "could not be read or written: No space left on device\n"),
         (KeyboardInterrupt(), 130, "mvlm.export: interrupted; nothing was written\n"),
     ],
     ids=["ExportError", "OSError", "KeyboardInterrupt"],

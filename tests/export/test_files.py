@@ -211,7 +211,7 @@ def test_full_disk_while_exporting(lowered, tmp_path, monkeypatch, capsys):
     assert main(["--pte-name", str(path), "--quiet"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == f"mvlm.export: {path}: could not be written: [Errno 27] File too large\n"
+    assert captured.err == f"mvlm.export: {path}: could not be read or written: File too large\n"
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"the old file"
 

@@ -13,6 +13,7 @@ from executorch.backends.xnnpack._passes import XNNPACKPassManager
 from executorch.exir import ExecutorchBackendConfig
 from executorch.exir.backend.partitioner import PartitionResult
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
@@ -106,7 +107,7 @@ def test_linears_that_xnnpack_refuses_are_noticed(quantized, monkeypatch):
     """The same on real programs: with partitioners that take nothing, lower() must not succeed."""
     program = torch.export.export(Linears(quantized), (torch.zeros(1, 2, 32),))
 
-    def refuse(self: object, exported_program: torch.export.ExportedProgram) -> PartitionResult:
+    def refuse(self: object, exported_program: ExportedProgram) -> PartitionResult:
         return PartitionResult(tagged_exported_program=exported_program, partition_tags={})
 
     monkeypatch.setattr(lowering.XnnpackPartitioner, "partition", refuse)
@@ -122,21 +123,46 @@ def serialized(lowered: lowering.Lowered) -> bytes:
     return lowered.edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True)).buffer
 
 
-def test_quick_lowering_gives_the_program_of_slow_lowering(quantized, lowered_text, small_recipe):
-    """Byte for byte what ExecuTorch makes with all its passes, deciding about every call by itself."""
-    with torch.no_grad():
-        program = capture_text_decoder(quantized.model, small_recipe.max_context_len)
+def lower_slowly(methods: dict[str, ExportedProgram]) -> lowering.Lowered:
+    """As ExecuTorch does it: with all its passes, and deciding about every call by itself."""
 
-    def untuned(self: lowering._CountsWhatItTakes, exported_program: torch.export.ExportedProgram):
+    def untuned(self: lowering._CountsWhatItTakes, exported_program: ExportedProgram):
         return super(lowering._CountsWhatItTakes, self).ops_to_not_decompose(exported_program)
 
     with (
         mock.patch.object(lowering, "skipping_idle_passes", nullcontext),
         mock.patch.object(lowering._CountsWhatItTakes, "ops_to_not_decompose", untuned),
     ):
-        slow = lower({TEXT_DECODER: program}, {})
+        return lower(methods, {})
+
+
+@pytest.mark.filterwarnings("ignore:Mutation on a buffer")  # the KV cache; it is meant
+def test_quick_lowering_gives_the_program_of_slow_lowering(quantized, lowered_text, small_recipe):
+    """Byte for byte."""
+    with torch.no_grad():
+        program = capture_text_decoder(quantized.model, small_recipe.max_context_len)
+    slow = lower_slowly({TEXT_DECODER: program})
     assert slow.delegation == lowered_text.delegation
     assert serialized(slow) == serialized(lowered_text)
+
+
+class WorkForPasses(nn.Module):
+    """What our models do not have: operators that XNNPACK's passes have to rewrite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 2, 3)
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(torch.relu(self.conv(x)))
+        return torch.cat([y, y + 1, y + 2, y + 3, y + 4, y + 5], dim=1)
+
+
+def test_quick_lowering_where_passes_have_work():
+    program = torch.export.export(WorkForPasses().eval().requires_grad_(False), (torch.zeros(1, 2, 8),))
+    quick = serialized(lower({VISION_ENCODER: program}, {}))
+    assert quick == serialized(lower_slowly({VISION_ENCODER: program}))
 
 
 def test_only_passes_without_work_are_skipped(monkeypatch):

@@ -188,7 +188,7 @@ def reference_projector(checkpoint: RandomCheckpoint) -> nn.Module:
         (Sizes(vision_num_attention_heads=4, vision_layer_norm_eps=1e-3, vision_hidden_act="gelu"), 1),
         (Sizes(vision_hidden_size=96, vision_num_attention_heads=1, vision_image_size=42, vision_patch_size=3), 1),
     ],
-    ids=lambda value: f"{value} blocks" if isinstance(value, int) else "",
+    ids=["second to last", "last", "first", "counted from 0", "other heads, eps and activation", "many patches"],
 )
 def test_vision_tower_equals_transformers(sizes, used_blocks, tmp_path):
     checkpoint = RandomCheckpoint.make(sizes)
