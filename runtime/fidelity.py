@@ -34,7 +34,10 @@ GENERATED_TOKENS = 32
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a healthy file reaches; see the README for what was measured.
+    """What a healthy file reaches, with a margin.
+
+    Measured on the demo model: file against quantized eager model, 40.7 dB and more for image embeddings of 32
+    pictures, 42 dB and more for logits; both differ where rounding of an activation falls to the other side.
 
     Attributes:
         pixels: SNR of the file's preprocessing against the checkpoint's.
@@ -53,7 +56,7 @@ class Thresholds:
     quantized_embedding: float = 35.0
     quantized_logits: float = 8.0
     quantized_top1: float = 0.75
-    pte_vision: float = 40.0
+    pte_vision: float = 35.0
     pte_embedding: float = 80.0
     pte_logits: float = 35.0
     pte_top1: float = 0.96

@@ -1,6 +1,8 @@
 """The bundled demo checkpoint: its world, its training, its evaluation.
 
-The world is described in :mod:`mvlm.export.demo.world`; ``mobilevlm-demo/`` holds the trained model in MobileVLM's layout.
+The world is described in :mod:`mvlm.export.demo.world`; ``mobilevlm-demo/`` holds the trained model, in MobileVLM's
+layout.
+layout.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Trains the demo checkpoint: ``python -m mvlm.export.demo.train --help``.
 
-Reruns on two CPU cores in one to two hours. The state is saved every few minutes, and on Ctrl-C; the same command with
+Reruns on two CPU cores in about an hour. The state is saved every few minutes, and on Ctrl-C; the same command with
 --resume goes on where it was. If the machine has other work too, set OMP_WAIT_POLICY=passive in the environment, or
 threads that wait for each other take its cores.
 """

@@ -1,6 +1,6 @@
 """Writes a trained demo model as a checkpoint in MobileVLM V1's layout, the format :mod:`mvlm.export.checkpoint` reads.
 
-``python -m mvlm.export.demo.write_checkpoint --state demo-training/state.pt --checkpoint export/demo/mobilevlm-demo``
+``python -m mvlm.export.demo.write_checkpoint --state build/demo/state.pt --checkpoint export/demo/mobilevlm-demo``
 """
 
 from __future__ import annotations

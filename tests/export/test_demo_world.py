@@ -13,8 +13,7 @@ import sentencepiece
 import torch
 from PIL import Image
 
-import mvlm.export.demo
-from mvlm.export import checkpoint
+from mvlm.export import checkpoint, demo
 from mvlm.export.demo import evaluate, network, sample, world
 from mvlm.export.demo.data import PAD_COLOR, PromptTokens, make_batch, normalized, pad_to_square, resized
 from mvlm.export.demo.tokenizer import BEFORE_IMAGE, after_image, train_tokenizer
@@ -22,7 +21,6 @@ from mvlm.export.demo.train import Recipe, Trainer, rounded_linears, rounded_to_
 from mvlm.export.demo.write_checkpoint import write_checkpoint
 from mvlm.export.models import CLIPVisionConfig, MobileLlamaConfig, MobileVLMConfig
 
-DEMO = Path(mvlm.export.demo.__file__).parent
 SIZES = [(112, 112), (480, 360), (61, 97), (800, 460)]
 
 
@@ -162,7 +160,7 @@ def test_impossible_pictures_are_refused(call, message: str) -> None:
 def test_preprocessing_is_that_of_clips_image_processor() -> None:
     transformers = pytest.importorskip("transformers")
     assert PAD_COLOR == (122, 116, 104)
-    tower = DEMO / "checkpoint" / "vision_tower"
+    tower = demo.CHECKPOINT / "vision_tower"
     processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor).from_pretrained(tower)
     for seed in range(6):
         picture = world.sample_picture(random.Random(f"preprocessing/{seed}")).image()
@@ -181,7 +179,7 @@ def test_padding_is_centred_and_rounds_down() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer_model() -> bytes:
-    return (DEMO / "checkpoint" / "tokenizer.model").read_bytes()
+    return (demo.CHECKPOINT / "tokenizer.model").read_bytes()
 
 
 def test_every_word_of_the_world_is_one_piece(tokenizer_model: bytes) -> None:
@@ -377,8 +375,8 @@ def test_a_written_checkpoint_reads_back(tokenizer_model: bytes, tmp_path: Path)
 
 def test_transformers_reads_the_bundled_vision_tower() -> None:
     transformers = pytest.importorskip("transformers")
-    ours = checkpoint.load(str(DEMO / "checkpoint")).model.vision_tower
-    theirs = transformers.CLIPVisionModel.from_pretrained(DEMO / "checkpoint" / "vision_tower", dtype=torch.float32)
+    ours = checkpoint.load(str(demo.CHECKPOINT)).model.vision_tower
+    theirs = transformers.CLIPVisionModel.from_pretrained(demo.CHECKPOINT / "vision_tower", dtype=torch.float32)
     pixels = normalized([resized(world.sample_picture(random.Random(1)).image(), 112)])
     with torch.no_grad():
         features = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -386,7 +384,7 @@ def test_transformers_reads_the_bundled_vision_tower() -> None:
 
 
 def test_the_bundled_checkpoint_is_small_and_its_accuracy_is_on_record() -> None:
-    folder = DEMO / "checkpoint"
+    folder = demo.CHECKPOINT
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 14_000_000
     loaded = checkpoint.load(str(folder))
     record = json.loads((folder / "evaluation.json").read_text())
@@ -399,7 +397,7 @@ def test_the_bundled_checkpoint_is_small_and_its_accuracy_is_on_record() -> None
 
 
 def test_the_bundled_checkpoint_answers() -> None:
-    loaded = checkpoint.load(str(DEMO / "checkpoint"))
+    loaded = checkpoint.load(str(demo.CHECKPOINT))
     model = evaluate.EagerModel(loaded.model, loaded.tokenizer)
     outcomes = list(evaluate.ask(model, 36, seed=1))
     result = evaluate.summary(outcomes)
@@ -408,12 +406,12 @@ def test_the_bundled_checkpoint_answers() -> None:
 
 
 def test_the_sample_picture_is_answered() -> None:
-    loaded = checkpoint.load(str(DEMO / "checkpoint"))
+    loaded = checkpoint.load(str(demo.CHECKPOINT))
     model = evaluate.EagerModel(loaded.model, loaded.tokenizer)
-    data = (DEMO / "sample.jpg").read_bytes()
+    data = demo.SAMPLE_IMAGE.read_bytes()
     picture = world.Picture(sample.SAMPLE_SCENE, *sample.SAMPLE_SIZE, "spread", "JPEG", data)
     assert picture.image().size == sample.SAMPLE_SIZE
-    answers = json.loads((DEMO / "sample.json").read_text())
+    answers = json.loads(demo.SAMPLE_IMAGE.with_suffix(".json").read_text())
     assert answers[sample.SAMPLE_QUESTION] == "red"
     given = {question: model(picture, question) for question in answers}
     assert given[sample.SAMPLE_QUESTION] == "red"
