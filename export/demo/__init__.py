@@ -2,7 +2,6 @@
 
 The world is described in :mod:`mvlm.export.demo.world`; ``mobilevlm-demo/`` holds the trained model, in MobileVLM's
 layout.
-layout.
 """
 
 from pathlib import Path
