@@ -6,8 +6,14 @@ say() { printf '\n== %s\n' "$*" >&2; }
 
 ci/setup.sh
 mkdir -p build/demo
-say "exporting the bundled checkpoint to build/demo/mobilevlm.pte"
-.venv/bin/python -m mvlm.export --pte-name build/demo/mobilevlm.pte --with-artifacts
+if [ -f build/demo/mobilevlm.pte ] &&
+   [ -z "$(find export ops pyproject.toml -name __pycache__ -prune -o -type f -newer build/demo/mobilevlm.pte -print)" ]
+then
+  say "build/demo/mobilevlm.pte is newer than all it is made from: not exporting again"
+else
+  say "exporting the bundled checkpoint to build/demo/mobilevlm.pte"
+  .venv/bin/python -m mvlm.export --pte-name build/demo/mobilevlm.pte --with-artifacts
+fi
 
 question="What color is the circle?"
 say "asking about build/demo/sample.jpg: $question"
