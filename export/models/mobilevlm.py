@@ -20,19 +20,22 @@ class MobileVLMConfig:
 
     Attributes:
         text: the language model.
-        vision: the vision tower.
-        projector_type: ``mm_projector_type`` of config.json, one of :data:`projector.PROJECTOR_TYPES`.
+        vision: the vision tower; None for a language model alone.
+        projector_type: ``mm_projector_type`` of config.json, one of :data:`projector.PROJECTOR_TYPES`; without meaning
+            where there is no tower.
         vision_select_layer: which hidden state of the tower is read, ``mm_vision_select_layer`` of config.json.
     """
 
     text: MobileLlamaConfig = field(default_factory=MobileLlamaConfig)
-    vision: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    vision: CLIPVisionConfig | None = field(default_factory=CLIPVisionConfig)
     projector_type: str = "ldpnet"
     vision_select_layer: int = -2
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that one picture takes in the language model."""
+        """Positions that one picture takes in the language model; 0 for a language model alone."""
+        if self.vision is None:
+            return 0
         return image_token_count(self.projector_type, self.vision.num_patches)
 
 
@@ -55,13 +58,19 @@ def mobilevlm_3b(projector_type: str = "ldpnet") -> MobileVLMConfig:
 
 
 class MobileVLM(nn.Module):
-    """The whole model in float32, without a cache: what is trained, checked against, and exported from."""
+    """The whole model in float32, without a cache: what is trained, checked against, and exported from.
+
+    A language model alone (``config.vision`` is None) has no ``vision_tower`` and no ``mm_projector``.
+    """
 
     def __init__(self, config: MobileVLMConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision_tower = CLIPVisionTower(config.vision, config.vision_select_layer)
-        self.mm_projector = build_projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size)
+        if config.vision is not None:
+            self.vision_tower = CLIPVisionTower(config.vision, config.vision_select_layer)
+            self.mm_projector = build_projector(
+                config.projector_type, config.vision.hidden_size, config.text.hidden_size
+            )
         self.language_model = MobileLlama(config.text)
 
     def encode_image(self, pixel_values_B3SS: Tensor) -> Tensor:
