@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mvlm.export import demo
 from mvlm.export.errors import ExportError
 from mvlm.export.progress import Progress, quiet_libraries
 from mvlm.export.recipe import RECIPES, SCALE_ALGORITHMS, Recipe, mobile
+
+if TYPE_CHECKING:
+    from mvlm.export.checkpoint import Checkpoint
 
 EPILOG = """\
 examples:
@@ -31,6 +35,17 @@ then:
 """
 
 
+class _List(argparse.Action):
+    """Prints what is supported and exits, whatever other flags say, as --version does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        quiet_libraries()
+        from mvlm.export.checkpoint.listing import listing
+
+        print(listing())
+        parser.exit()
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     defaults = mobile()
     parser = argparse.ArgumentParser(
@@ -42,11 +57,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--pte-name", required=True, type=Path, metavar="FILE", help="the file to write, usually NAME.pte"
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--model",
         metavar="DIR|ID",
         help="checkpoint: a folder with config.json, tokenizer.model and weights, or a Hugging Face hub id "
         "(default: the bundled demo checkpoint)",
+    )
+    source.add_argument(
+        "--random-weights",
+        metavar="NAME",
+        help="random weights of a published model's shape, mobilevlm-1.7b say, for benchmarks; --list names them all",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of --random-weights (default: 0)")
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of --model on the hub (default: its main branch)"
     )
     parser.add_argument(
         "--vision-tower",
@@ -79,6 +104,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="also write tokenizer.model, the metadata as JSON and the sample picture beside the .pte",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument(
+        "--list", action=_List, nargs=0, help="print which checkpoints and named models are supported, and exit"
+    )
     parser.add_argument("--version", action="version", version=f"mvlm {version('mvlm')}")
     return parser.parse_args(arguments)
 
@@ -91,6 +119,31 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         if getattr(options, name) is not None
     }
     return replace(RECIPES[options.recipe](), **given)
+
+
+def open_of(options: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that the flags name: a folder or hub id, random weights, or else the bundled demo checkpoint.
+
+    Raises:
+        ExportError: it cannot be used, or flags do not go together.
+    """
+    if options.random_weights is None and options.seed is not None:
+        raise ExportError(f"--seed {options.seed} goes with --random-weights; a checkpoint's weights are not random")
+    if options.model is None:
+        if options.vision_tower is not None:
+            whose = "random weights have their" if options.random_weights else "the bundled demo checkpoint has its"
+            raise ExportError(f"--vision-tower goes with --model; {whose} own")
+        if options.revision is not None:
+            raise ExportError(f"--revision {options.revision} goes with --model and the id of a model on the hub")
+    from mvlm.export.checkpoint import open_checkpoint, random_checkpoint
+
+    if options.random_weights is not None:
+        return random_checkpoint(options.random_weights, options.seed or 0)
+    if options.quiet:
+        import huggingface_hub
+
+        huggingface_hub.utils.disable_progress_bars()
+    return open_checkpoint(options.model or str(demo.CHECKPOINT), options.vision_tower, options.revision)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -5,6 +5,11 @@ so that ``mvlm.runtime`` can read it without loading quantization and lowering.
 
 The first group of constant methods is what ExecuTorch's own LLM runners read from a program; those named ``mvlm_*``
 are ours, for all that such a runner leaves to the application.
+
+A language model alone has no method :data:`VISION_ENCODER` and none of :data:`IMAGE_CONSTANT_METHODS`, marker and
+prefix included: nothing in its prompt stands for a picture, and ``<image>`` in a question is text like any other.
+All other models have all of them; a file with only some is broken. Files of models with pictures did not change when
+language models alone were added, and a reader of before says of such a file what it lacks, so the format is still 1.
 """
 
 from __future__ import annotations
@@ -59,10 +64,11 @@ class Metadata:
         bos_id: token id that opens every prompt.
         eos_ids: token ids that end an answer.
         prompt_template: text around the question, with :data:`PROMPT_PLACEHOLDER` in it once.
-        image_marker: stands in a prompt where the picture's embeddings go.
-        image_prefix: put before a question that comes with a picture and has no marker of its own.
+        image_marker: stands in a prompt where the picture's embeddings go; "" for a language model alone.
+        image_prefix: put before a question that comes with a picture and has no marker of its own; it contains the
+            marker once. "" for a language model alone.
         stop_strings: an answer ends before the first of these.
-        image: how pictures are prepared.
+        image: how pictures are prepared; None for a language model alone.
     """
 
     model_name: str
@@ -77,15 +83,24 @@ class Metadata:
     image_marker: str
     image_prefix: str
     stop_strings: tuple[str, ...]
-    image: ImageProcessing
+    image: ImageProcessing | None
 
     def __post_init__(self) -> None:
         if self.prompt_template.count(PROMPT_PLACEHOLDER) != 1:
             raise ValueError(f"the prompt template must contain {PROMPT_PLACEHOLDER} once: {self.prompt_template!r}")
+        if self.image is None and (self.image_marker or self.image_prefix):
+            raise ValueError(
+                "a language model alone takes no picture, so its image marker and prefix must be empty, not "
+                f"{self.image_marker!r} and {self.image_prefix!r}"
+            )
+        if self.image is not None and (not self.image_marker or self.image_prefix.count(self.image_marker) != 1):
+            raise ValueError(
+                f"the image prefix {self.image_prefix!r} must contain the image marker {self.image_marker!r} once"
+            )
 
     def to_constant_methods(self) -> dict[str, Any]:
         """Name -> value of every constant method but the tokenizer."""
-        return {
+        values = {
             "get_max_seq_len": self.max_context_len,
             "get_max_context_len": self.max_context_len,
             "get_bos_id": self.bos_id,
@@ -100,30 +115,47 @@ class Metadata:
             "mvlm_checkpoint_id": self.checkpoint_id,
             "mvlm_recipe": self.recipe,
             "mvlm_prompt_template": self.prompt_template,
-            "mvlm_image_marker": self.image_marker,
-            "mvlm_image_prefix": self.image_prefix,
             "mvlm_stop_strings": list(self.stop_strings),
-            "mvlm_image_size": self.image.size,
-            "mvlm_image_mean": list(self.image.mean),
-            "mvlm_image_std": list(self.image.std),
-            "mvlm_image_pad_color": list(self.image.pad_color),
-            "mvlm_image_tokens": self.image.tokens,
         }
+        if self.image is not None:
+            values |= {
+                "mvlm_image_marker": self.image_marker,
+                "mvlm_image_prefix": self.image_prefix,
+                "mvlm_image_size": self.image.size,
+                "mvlm_image_mean": list(self.image.mean),
+                "mvlm_image_std": list(self.image.std),
+                "mvlm_image_pad_color": list(self.image.pad_color),
+                "mvlm_image_tokens": self.image.tokens,
+            }
+        return values
 
     @classmethod
     def from_constant_methods(cls, values: dict[str, Any]) -> Metadata:
-        """The inverse of :meth:`to_constant_methods`.
+        """The inverse of :meth:`to_constant_methods`; names that are not of the contract are ignored.
 
         Raises:
-            ValueError: ``values`` lacks a name, or the file is of a newer format.
+            ValueError: ``values`` lacks a name, has some but not all of :data:`IMAGE_CONSTANT_METHODS`, or the file is
+                of a newer format.
         """
-        missing = [name for name in CONSTANT_METHODS if name not in values]
-        if missing:
-            raise ValueError(f"constant methods missing: {', '.join(missing)}")
-        if values["mvlm_format_version"] > FORMAT_VERSION:
+        # The version first: a newer format may lack what this one must have.
+        if values.get("mvlm_format_version", FORMAT_VERSION) > FORMAT_VERSION:
             raise ValueError(
                 f"the file is of format {values['mvlm_format_version']}, this mvlm reads up to {FORMAT_VERSION}: "
                 "install a newer mvlm"
+            )
+        has_image = any(name in values for name in IMAGE_CONSTANT_METHODS)
+        required = [name for name in CONSTANT_METHODS if has_image or name not in IMAGE_CONSTANT_METHODS]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise ValueError(f"constant methods missing: {', '.join(missing)}")
+        image = None
+        if has_image:
+            image = ImageProcessing(
+                size=values["mvlm_image_size"],
+                mean=tuple(values["mvlm_image_mean"]),
+                std=tuple(values["mvlm_image_std"]),
+                pad_color=tuple(values["mvlm_image_pad_color"]),
+                tokens=values["mvlm_image_tokens"],
             )
         return cls(
             model_name=values["mvlm_model_name"],
@@ -135,27 +167,24 @@ class Metadata:
             bos_id=values["get_bos_id"],
             eos_ids=tuple(values["get_eos_ids"]),
             prompt_template=values["mvlm_prompt_template"],
-            image_marker=values["mvlm_image_marker"],
-            image_prefix=values["mvlm_image_prefix"],
+            image_marker=values.get("mvlm_image_marker", ""),
+            image_prefix=values.get("mvlm_image_prefix", ""),
             stop_strings=tuple(values["mvlm_stop_strings"]),
-            image=ImageProcessing(
-                size=values["mvlm_image_size"],
-                mean=tuple(values["mvlm_image_mean"]),
-                std=tuple(values["mvlm_image_std"]),
-                pad_color=tuple(values["mvlm_image_pad_color"]),
-                tokens=values["mvlm_image_tokens"],
-            ),
+            image=image,
         )
 
 
-def _constant_method_names() -> tuple[str, ...]:
+def _constant_method_names(image: ImageProcessing | None) -> tuple[str, ...]:
     example = Metadata(
         **{f.name: 0 for f in fields(Metadata)}
         | {"prompt_template": PROMPT_PLACEHOLDER, "eos_ids": (), "stop_strings": ()}
-        | {"image": ImageProcessing(0, (0, 0, 0), (1, 1, 1), (0, 0, 0), 0)}
+        | {"image": image, "image_marker": "i" if image else "", "image_prefix": "i" if image else ""}
     )
     return tuple(example.to_constant_methods())
 
 
 #: Names of all constant methods but the tokenizer.
-CONSTANT_METHODS = _constant_method_names()
+CONSTANT_METHODS = _constant_method_names(ImageProcessing(0, (0, 0, 0), (1, 1, 1), (0, 0, 0), 0))
+
+#: Those of them that a language model alone does not have.
+IMAGE_CONSTANT_METHODS = tuple(name for name in CONSTANT_METHODS if name not in _constant_method_names(None))

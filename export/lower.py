@@ -1,4 +1,4 @@
-"""Lower: captured methods become edge programs whose heavy parts are XNNPACK delegates.
+"""Lower: captured pieces of methods become edge programs whose heavy parts are XNNPACK delegates.
 
 Two partitioners take turns on ``vision_encoder`` and ``text_decoder``, and their order matters: the first takes every
 dynamically quantized linear by itself, so that the activations' quantization travels with it; the second takes what
@@ -9,9 +9,9 @@ ExecuTorch's own kernel.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import executorch.backends.xnnpack._passes as xnnpack_passes
@@ -20,15 +20,22 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
     XnnpackDynamicallyQuantizedPartitioner,
     XnnpackPartitioner,
 )
-from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
+from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.exir.backend.partitioner import PartitionResult
 from executorch.exir.delegate import executorch_call_delegate
+from executorch.exir.passes.quant_fusion_pass import quant_fusion_and_const_prop_pass
 from torch.export import ExportedProgram
 
+from mvlm.export.assemble import assemble
+from mvlm.export.capture import CapturedMethod
 from mvlm.export.contract import TEXT_DECODER, VISION_ENCODER
 from mvlm.export.errors import ExportError
+from mvlm.export.progress import Progress
 
 DELEGATED_METHODS = (VISION_ENCODER, TEXT_DECODER)
+
+#: The verifier knows only ATen's operators and would refuse ours.
+EDGE_COMPILE_CONFIG = EdgeCompileConfig(_check_ir_validity=False)
 
 #: Packets of operators that a linear is made of, before or after decomposition.
 _LINEAR_PACKETS = {"aten.linear", "aten.addmm", "aten.mm"}
@@ -163,50 +170,85 @@ class MethodDelegation:
 
 @dataclass(frozen=True)
 class Lowered:
-    """What the lower stage hands on."""
+    """What the lower stage hands on.
 
-    edge: EdgeProgramManager
+    Attributes:
+        programs: edge programs by method name, their delegates in them.
+        delegation: who runs what in each.
+    """
+
+    programs: dict[str, ExportedProgram]
     delegation: tuple[MethodDelegation, ...]
 
 
-def lower(methods: Mapping[str, ExportedProgram], constant_methods: Mapping[str, Any]) -> Lowered:
-    """Lowers all methods into one edge program manager.
-
-    Args:
-        methods: captured programs by name.
-        constant_methods: values that the .pte says about itself, by name.
+def lower_program(method: str, program: ExportedProgram) -> tuple[ExportedProgram, MethodDelegation]:
+    """Lowers one program, a method or a piece of one.
 
     Raises:
         ExportError: a quantized linear stayed outside the delegates, where it would run many times slower.
     """
-    partitioners = {name: [_DynamicallyQuantized(), _Float32()] for name in methods if name in DELEGATED_METHODS}
+    partitioners = [_DynamicallyQuantized(), _Float32()] if method in DELEGATED_METHODS else []
     with skipping_idle_passes():
         edge = to_edge_transform_and_lower(
-            dict(methods),
-            partitioner={name: partitioners.get(name, []) for name in methods},
-            constant_methods=dict(constant_methods),
-            # The verifier knows only ATen's operators and would refuse ours.
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            {method: program},
+            partitioner={method: partitioners},
+            compile_config=EDGE_COMPILE_CONFIG,
+        ).exported_program(method)
+    left = _operators_left(edge.graph.nodes)
+    if partitioners:
+        quantized, float32 = partitioners
+        delegation = MethodDelegation(
+            method,
+            quantized.partitions,
+            sum(quantized.operators[packet] for packet in _LINEAR_PACKETS),
+            float32.partitions,
+            sum(float32.operators.values()),
+            left,
         )
+    else:
+        # Fuses a quantized embedding's dequantization and look-up into one operator, quantized_decomposed.embedding_*.
+        edge = quant_fusion_and_const_prop_pass(edge)
+        delegation = MethodDelegation(method, 0, 0, 0, 0, _operators_left(edge.graph.nodes))
+    _check_delegation([delegation])
+    return edge, delegation
+
+
+def lower(methods: Sequence[CapturedMethod], progress: Progress) -> Lowered:
+    """Lowers every piece of every method once, and assembles the methods from them.
+
+    Raises:
+        ExportError: a quantized linear stayed outside the delegates, or a layer cannot be instantiated.
+    """
+    programs = {}
     delegation = []
-    for name in methods:
-        left = _operators_left(edge.exported_program(name).graph.nodes)
-        if name in partitioners:
-            quantized, float32 = partitioners[name]
-            delegation.append(
-                MethodDelegation(
-                    name,
-                    quantized.partitions,
-                    sum(quantized.operators[packet] for packet in _LINEAR_PACKETS),
-                    float32.partitions,
-                    sum(float32.operators.values()),
-                    left,
-                )
-            )
-        else:
-            delegation.append(MethodDelegation(name, 0, 0, 0, 0, left))
-    _check_delegation(delegation)
-    return Lowered(edge, tuple(delegation))
+    done, total = 0, sum(len(method.pieces) for method in methods)
+    for method in methods:
+        pieces = []
+        parts = []
+        for piece in method.pieces:
+            program, part = lower_program(method.name, piece.program)
+            pieces.append(replace(piece, program=program))
+            parts += [part] * max(1, len(piece.layers))
+            done += 1
+            progress.share(done / total)
+        programs[method.name] = assemble(replace(method, pieces=tuple(pieces)))
+        delegation.append(_sum(method.name, parts))
+    return Lowered(programs, tuple(delegation))
+
+
+def _sum(method: str, parts: Iterable[MethodDelegation]) -> MethodDelegation:
+    parts = list(parts)
+    left: Counter[str] = Counter()
+    for part in parts:
+        left.update(part.left)
+    return MethodDelegation(
+        method,
+        sum(part.quantized for part in parts),
+        sum(part.quantized_linears for part in parts),
+        sum(part.float32 for part in parts),
+        sum(part.float32_operators for part in parts),
+        dict(left.most_common()),
+    )
 
 
 def _operators_left(nodes: Iterable[torch.fx.Node]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,27 +11,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from executorch.exir import ExecutorchBackendConfig
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 
-from mvlm.export.checkpoint import LoadedCheckpoint
-from mvlm.export.contract import PROMPT_PLACEHOLDER, TOKENIZER, ImageProcessing, Metadata
+from mvlm.export.checkpoint import Checkpoint
+from mvlm.export.contract import TOKENIZER, ImageProcessing, Metadata
 from mvlm.export.files import atomic_write
-from mvlm.export.lower import Lowered
+from mvlm.export.lower import EDGE_COMPILE_CONFIG, Lowered
 from mvlm.export.recipe import Recipe
 
-#: MobileVLM's conversation template "v1", one turn. There is no space after the last colon.
-PROMPT_TEMPLATE = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    f"and polite answers to the user's questions. USER: {PROMPT_PLACEHOLDER} ASSISTANT:"
-)
 IMAGE_MARKER = "<image>"
 IMAGE_PREFIX = IMAGE_MARKER + "\n"
 STOP_STRINGS = ("</s>",)
 
 
-def describe(checkpoint: LoadedCheckpoint, recipe: Recipe) -> Metadata:
-    """What the .pte will say about itself."""
-    config = checkpoint.model.config
+def describe(checkpoint: Checkpoint, recipe: Recipe) -> Metadata:
+    """What the .pte will say about itself. Hashes the checkpoint's files, which takes a second for one or two GB."""
+    config = checkpoint.config
+    image = None
+    if config.vision is not None:
+        image = ImageProcessing(
+            size=config.vision.image_size,
+            mean=checkpoint.preprocessing.mean,
+            std=checkpoint.preprocessing.std,
+            pad_color=checkpoint.preprocessing.pad_color,
+            tokens=config.num_image_tokens,
+        )
     return Metadata(
         model_name=checkpoint.name,
         checkpoint_id=checkpoint.checkpoint_id,
@@ -40,17 +45,11 @@ def describe(checkpoint: LoadedCheckpoint, recipe: Recipe) -> Metadata:
         vocab_size=config.text.vocab_size,
         bos_id=checkpoint.bos_id,
         eos_ids=checkpoint.eos_ids,
-        prompt_template=PROMPT_TEMPLATE,
-        image_marker=IMAGE_MARKER,
-        image_prefix=IMAGE_PREFIX,
+        prompt_template=checkpoint.prompt_template,
+        image_marker=IMAGE_MARKER if image else "",
+        image_prefix=IMAGE_PREFIX if image else "",
         stop_strings=STOP_STRINGS,
-        image=ImageProcessing(
-            size=config.vision.image_size,
-            mean=checkpoint.preprocessing.mean,
-            std=checkpoint.preprocessing.std,
-            pad_color=checkpoint.preprocessing.pad_color,
-            tokens=config.num_image_tokens,
-        ),
+        image=image,
     )
 
 
@@ -60,16 +59,14 @@ def constant_methods(metadata: Metadata, tokenizer: bytes) -> dict[str, Any]:
     return metadata.to_constant_methods() | {TOKENIZER: tokenizer_tensor}
 
 
-def write_pte(lowered: Lowered, path: Path) -> int:
+def write_pte(lowered: Lowered, constant_methods: Mapping[str, Any], path: Path) -> int:
     """Plans memory, serializes and writes the program; returns the file's size in bytes.
 
     Raises:
         OSError: the file could not be written; nothing is left of it.
     """
-    program = lowered.edge.to_executorch(
-        # Fuses the 8-bit embedding's dequantization and look-up into quantized_decomposed::embedding_byte.
-        ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True)
-    )
+    edge = EdgeProgramManager(dict(lowered.programs), dict(constant_methods), EDGE_COMPILE_CONFIG)
+    program = edge.to_executorch(ExecutorchBackendConfig())
     with atomic_write(path) as file:
         program.write_to_file(file)
     return path.stat().st_size

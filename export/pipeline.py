@@ -1,21 +1,23 @@
-"""The whole way: load, quantize, capture, lower, package. Each stage is in the module of its name."""
+"""The whole way: quantize, capture, lower, package. Each stage is in the module of its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mvlm.export import preflight
 from mvlm.export.capture import capture
-from mvlm.export.checkpoint import LoadedCheckpoint, load
+from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.contract import Metadata
 from mvlm.export.errors import ExportError
 from mvlm.export.files import check_writable
 from mvlm.export.lower import delegation_table, lower
 from mvlm.export.package import constant_methods, describe, write_pte
 from mvlm.export.progress import Progress
-from mvlm.export.quantize import QuantizationReport, quantize
+from mvlm.export.quantize import meta_model, quantize_checkpoint, schemes_of, smaller_groups
 from mvlm.export.recipe import Recipe
+from mvlm.export.report import QuantizationReport, write_report
+from mvlm.export.spool import Spool
 
 
 @dataclass(frozen=True)
@@ -27,72 +29,83 @@ class Exported:
         size: of it, in bytes.
         metadata: that it carries.
         tokenizer: the SentencePiece model in it.
+        report: what quantization did to the weights.
     """
 
     path: Path
     size: int
     metadata: Metadata
     tokenizer: bytes
-
-
-def quantize_checkpoint(checkpoint: LoadedCheckpoint, recipe: Recipe, say: Callable[[str], None]) -> QuantizationReport:
-    """Quantizes the checkpoint's model in place and says where a smaller group had to be taken."""
-    report = quantize(checkpoint.model, recipe)
-    for group_size, kinds in report.smaller_groups(recipe).items():
-        say(f"  group size {group_size} instead of {recipe.group_size} for {', '.join(kinds)}: their width wants it")
-    return report
+    report: QuantizationReport
 
 
 def export_checkpoint(
-    model: str,
+    checkpoint: Checkpoint,
     path: Path,
     recipe: Recipe,
-    vision_tower: str | None = None,
     progress: Progress | None = None,
+    report_path: Path | None = None,
+    force: bool = False,
 ) -> Exported:
     """Exports a checkpoint into one .pte.
 
     Args:
-        model: folder or hub id of the checkpoint.
+        checkpoint: opened, its weights still where they come from.
         path: of the file to write; it appears whole or not at all.
         recipe: how to quantize.
-        vision_tower: folder or hub id of the CLIP model, for checkpoints that carry none.
         progress: where to report; silent by default.
+        report_path: a .json for the report of the quantization, with a page beside it; none by default.
+        force: go on although memory or disk will probably not do.
 
     Raises:
-        ExportError: the checkpoint, the recipe or the path is not usable.
-        OSError: the file could not be written.
+        ExportError: the checkpoint, the recipe or the path is not usable, or memory or disk will not do.
+        OSError: a file could not be written.
     """
     progress = progress or Progress(quiet=True)
     check_writable(path)
-    with progress.stage("load checkpoint"):
-        checkpoint = load(model, vision_tower)
+    if report_path is not None:
+        check_writable(report_path)
     _check_context_len(checkpoint, recipe)
+    estimated = preflight.estimate(checkpoint, recipe)
+    progress.say(f"{checkpoint.name}, recipe {recipe.name}: {estimated}")
+    if not force:
+        preflight.check(estimated, path)
     if checkpoint.unused:
         progress.say(f"  {len(checkpoint.unused)} tensors are not needed: {_abridge(checkpoint.unused)}")
-    with progress.stage("quantize"):
-        quantize_checkpoint(checkpoint, recipe, progress.say)
-    with progress.stage("capture with torch.export"):
-        methods = capture(checkpoint.model, recipe.max_context_len)
-    metadata = describe(checkpoint, recipe)
-    with progress.stage("lower to XNNPACK"):
-        lowered = lower(methods, constant_methods(metadata, checkpoint.tokenizer))
-    progress.say("\n".join("  " + line for line in delegation_table(lowered.delegation).splitlines()))
-    del methods
-    with progress.stage("plan memory and write"):
-        size = write_pte(lowered, path)
-    return Exported(path, size, metadata, checkpoint.tokenizer)
+    for group_size, kinds in smaller_groups(schemes_of(meta_model(checkpoint), recipe), recipe).items():
+        progress.say(
+            f"  group size {group_size} instead of {recipe.group_size} for {', '.join(kinds)}: their width wants it"
+        )
+    with progress.stage("identify checkpoint"):
+        metadata = describe(checkpoint, recipe)
+    with Spool(path.absolute().parent) as spool:
+        with progress.stage("read and quantize"):
+            quantized = quantize_checkpoint(checkpoint, recipe, spool, progress)
+        report = QuantizationReport(checkpoint.name, recipe, quantized.layers)
+        progress.say(_indent(report.table()))
+        if report_path is not None:
+            write_report(report, report_path)
+        with progress.stage("capture with torch.export"):
+            methods = capture(quantized)
+        with progress.stage("lower to XNNPACK"):
+            lowered = lower(methods, progress)
+        progress.say(_indent(delegation_table(lowered.delegation)))
+        # Of the captured programs only what the lowered ones share is still needed.
+        del methods, quantized
+        with progress.stage("plan memory and write"):
+            size = write_pte(lowered, constant_methods(metadata, checkpoint.tokenizer), path)
+    return Exported(path, size, metadata, checkpoint.tokenizer, report)
 
 
-def _check_context_len(checkpoint: LoadedCheckpoint, recipe: Recipe) -> None:
+def _check_context_len(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Refuses a cache that is longer than the model was trained for, or that a picture alone would fill."""
-    config = checkpoint.model.config
+    config = checkpoint.config
     if recipe.max_context_len > config.text.max_position_embeddings:
         raise ExportError(
             f"max context length {recipe.max_context_len} is more than the {config.text.max_position_embeddings} "
             "positions that the model was trained for (max_position_embeddings of its config.json)"
         )
-    if recipe.max_context_len <= config.num_image_tokens:
+    if config.vision is not None and recipe.max_context_len <= config.num_image_tokens:
         raise ExportError(
             f"max context length {recipe.max_context_len} leaves no room beside a picture, which takes "
             f"{config.num_image_tokens} positions in this model"
@@ -102,3 +115,7 @@ def _check_context_len(checkpoint: LoadedCheckpoint, recipe: Recipe) -> None:
 def _abridge(names: tuple[str, ...], shown: int = 3) -> str:
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())

@@ -27,6 +27,11 @@ class Progress:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._start = time.monotonic()
+        self._share: float | None = None
+
+    def share(self, done: float) -> None:
+        """How much of the present stage is done, 0 .. 1; shown on a terminal."""
+        self._share = done
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -37,11 +42,14 @@ class Progress:
         begin = time.monotonic()
         done = threading.Event()
         ticker = None
+        self._share = None
         if not self.quiet and sys.stderr.isatty():
 
             def tick() -> None:
                 while not done.wait(1.0):
-                    print(f"\r{title:<44}{time.monotonic() - begin:7.1f} s", end="", file=sys.stderr, flush=True)
+                    share = "" if self._share is None else f"{self._share:6.0%}"
+                    line = f"\r{title:<44}{time.monotonic() - begin:7.1f} s{share}"
+                    print(line, end="", file=sys.stderr, flush=True)
 
             ticker = threading.Thread(target=tick, daemon=True)
             ticker.start()

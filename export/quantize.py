@@ -1,52 +1,95 @@
-"""Quantize: a loaded model's linears and embedding become integers, in place.
+"""Quantize: linears and the token embedding become integers, one at a time.
 
 The scheme, after ExecuTorch's for Llama (8da4w):
 
-- the language model's linears and lm_head: 4-bit weights in groups along the input width, 8-bit activations quantized
-  per token as they come. XNNPACK stores group scales as bfloat16, so they are rounded to bfloat16 here already and
-  the eager quantized model computes what the device computes;
-- the token embedding: 8-bit, one scale per row;
+- the language model's linears: 4-bit weights in groups along the input width, 8-bit activations quantized per token as
+  they come. XNNPACK stores group scales as bfloat16, so they are rounded to bfloat16 here already and the eager
+  quantized model computes what the device computes. lm_head may have 8 bits;
+- the token embedding: 8-bit, one scale per row; or 4-bit in groups, or float32;
 - linears of the vision tower and the projector: 8-bit weights with one scale per output channel, 8-bit dynamic
-  activations. Convolutions stay float32: XNNPACK has no dynamically quantized depthwise convolution.
+  activations; or 4-bit as above, or float32. Convolutions stay float32: XNNPACK has no dynamically quantized
+  depthwise convolution.
+
+:func:`quantize` does it to a whole model in memory, which is what files are checked against. :func:`quantize_checkpoint`
+does the same to a checkpoint, reading, quantizing and packing one tensor after another, so that the model never exists
+as a whole: that is what is exported.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from torch import nn
-from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
+from torch import Tensor, nn
+from torchao.quantization import (
+    Int8DynamicActivationIntxWeightConfig,
+    IntxUnpackedToInt8Tensor,
+    IntxWeightOnlyConfig,
+    quantize_,
+)
 from torchao.quantization.granularity import PerAxis, PerGroup
 
+from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.errors import ExportError
 from mvlm.export.models import MobileVLM
+from mvlm.export.progress import Progress
 from mvlm.export.recipe import SCALE_ALGORITHMS, Recipe
+from mvlm.export.report import LayerQuantization
+from mvlm.export.spool import NamedData, Spool, packed_weight, spool_weight
 
 #: XNNPACK's smallest group of 4-bit weights.
 MIN_GROUP_SIZE = 32
+#: Group of a 4-bit embedding, which ExecuTorch's own kernel reads.
+EMBEDDING_GROUP_SIZE = 32
+
+#: Weights are quantized in blocks of about this many, which fit a core's cache together with what is computed of them:
+#: ten times as fast as whole matrices, and the temporaries stay small.
+BLOCK_ELEMENTS = 1 << 19
+
+#: Stacks of identical layers. Their weights go to the spool; everything else is small enough to stay in memory.
+STACKS = ("vision_tower.encoder.layers", "language_model.layers")
 
 
 @dataclass(frozen=True)
-class QuantizationReport:
-    """What was quantized.
+class Scheme:
+    """How one weight is stored.
 
     Attributes:
-        group_sizes: of every 4-bit linear, by its name in the model.
-        int8_linears: names of the 8-bit linears.
+        bits: 4, 8, or 32 for float32.
+        group_size: weights that share a scale along the input width; None for one scale per row.
+        scales: a key of :data:`recipe.SCALE_ALGORITHMS`.
+        is_embedding: a table that is looked up, whose activations there is nothing to quantize of.
     """
 
-    group_sizes: dict[str, int]
-    int8_linears: tuple[str, ...]
+    bits: int
+    group_size: int | None = None
+    scales: str = "affine"
+    is_embedding: bool = False
 
-    def smaller_groups(self, recipe: Recipe) -> dict[int, list[str]]:
-        """Group size -> the kinds of layers that could not have the recipe's, e.g. ``{64: ['mlp.down_proj']}``."""
-        kinds: dict[int, set[str]] = defaultdict(set)
-        for name, group_size in self.group_sizes.items():
-            if group_size != recipe.group_size:
-                kinds[group_size].add(".".join(name.split(".")[-2:]))
-        return {group_size: sorted(names) for group_size, names in sorted(kinds.items())}
+    def __str__(self) -> str:
+        if self.bits == 32:
+            return "float32"
+        per = "row" if self.is_embedding else "output channel"
+        share = f"groups of {self.group_size}, {self.scales}" if self.group_size else f"one scale per {per}"
+        return f"int{self.bits}, {share}"
+
+    @cached_property
+    def config(self) -> Int8DynamicActivationIntxWeightConfig | IntxWeightOnlyConfig:
+        """torchao's configuration of it."""
+        dtype = {4: torch.int4, 8: torch.int8}[self.bits]
+        granularity = PerGroup(self.group_size) if self.group_size else PerAxis(0)
+        if self.is_embedding:
+            return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
+        return Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=dtype,
+            weight_granularity=granularity,
+            weight_scale_dtype=torch.bfloat16 if self.group_size else None,
+            intx_choose_qparams_algorithm=SCALE_ALGORITHMS[self.scales],
+        )
 
 
 def fitting_group_size(name: str, in_features: int, group_size: int) -> int:
@@ -66,48 +109,233 @@ def fitting_group_size(name: str, in_features: int, group_size: int) -> int:
     )
 
 
-def _linears(module: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    return {
-        f"{prefix}.{name}" if name else prefix: child
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear)
-    }
-
-
-def quantize(model: MobileVLM, recipe: Recipe) -> QuantizationReport:
-    """Quantizes ``model`` in place by ``recipe``.
+def scheme_of(name: str, module: nn.Module, recipe: Recipe) -> Scheme | None:
+    """How ``recipe`` stores the weight of a module of :class:`MobileVLM`; None for modules it leaves alone.
 
     Raises:
-        ExportError: a linear of the language model whose width no group size divides.
+        ExportError: 4 bits are wanted for a weight whose width no group size divides.
     """
-    language_linears = _linears(model.language_model, "language_model")
-    group_sizes = {
-        name: fitting_group_size(name, linear.in_features, recipe.group_size)
-        for name, linear in language_linears.items()
-    }
-    for group_size in sorted(set(group_sizes.values())):
-        chosen = {linear for name, linear in language_linears.items() if group_sizes[name] == group_size}
-        quantize_(
-            model,
-            Int8DynamicActivationIntxWeightConfig(
-                weight_dtype=torch.int4,
-                weight_granularity=PerGroup(group_size),
-                weight_scale_dtype=torch.bfloat16,
-                intx_choose_qparams_algorithm=SCALE_ALGORITHMS[recipe.scales],
-            ),
-            filter_fn=lambda module, _name, chosen=chosen: module in chosen,
-        )
+    if name == "language_model.embed_tokens":
+        if recipe.embedding_bits == 4:
+            group_size = fitting_group_size(name, module.embedding_dim, EMBEDDING_GROUP_SIZE)
+            return Scheme(4, group_size, is_embedding=True)
+        return Scheme(recipe.embedding_bits, is_embedding=True)
+    if not isinstance(module, nn.Linear):
+        return None
+    if name == "language_model.lm_head":
+        bits = recipe.lm_head_bits
+    elif name.startswith("language_model."):
+        bits = 4
+    else:
+        bits = {"int4": 4, "int8": 8, "fp32": 32}[recipe.vision]
+    if bits == 4:
+        return Scheme(4, fitting_group_size(name, module.in_features, recipe.group_size), recipe.scales)
+    return Scheme(bits)
 
-    vision_linears = _linears(model.vision_tower, "vision_tower") | _linears(model.mm_projector, "mm_projector")
-    chosen = set(vision_linears.values())
-    quantize_(
-        model,
-        Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0)),
-        filter_fn=lambda module, _name: module in chosen,
+
+def schemes_of(model: MobileVLM, recipe: Recipe) -> dict[str, Scheme]:
+    """The scheme of every weight that has one, by its module's name. The model may be on the meta device."""
+    return {
+        name: scheme
+        for name, module in model.named_modules()
+        if (scheme := scheme_of(name, module, recipe)) is not None
+    }
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, float]:
+    """Quantizes one weight.
+
+    Args:
+        weight: float32 [out, in].
+
+    Returns:
+        The weight as torchao holds it (unchanged for float32), and its SNR in dB against the original.
+    """
+    if scheme.bits == 32:
+        return weight, math.inf
+    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    blocks = []
+    signal = noise = 0.0
+    for block in weight.split(rows):
+        quantized = _quantize_block(block, scheme)
+        blocks.append(quantized)
+        signal += float(block.square().sum(dtype=torch.float64))
+        noise += float((block - quantized.dequantize().float()).square().sum(dtype=torch.float64))
+    first = blocks[0]
+    whole = IntxUnpackedToInt8Tensor(
+        *(torch.cat([getattr(block, part) for block in blocks]) for part in first.tensor_data_names),
+        *(getattr(first, attribute) for attribute in first.tensor_attribute_names),
     )
-    quantize_(
-        model,
-        IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0)),
-        filter_fn=lambda module, _name: module is model.language_model.embed_tokens,
-    )
-    return QuantizationReport(group_sizes, tuple(vision_linears))
+    return whole, math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def _quantize_block(block: Tensor, scheme: Scheme) -> IntxUnpackedToInt8Tensor:
+    rows, columns = block.shape
+    with torch.device("meta"):
+        holder: nn.Module = nn.Embedding(rows, columns) if scheme.is_embedding else nn.Linear(columns, rows, bias=False)
+    holder.weight = nn.Parameter(block, requires_grad=False)
+    quantize_(holder, scheme.config, filter_fn=lambda module, _name: module is holder)
+    return holder.weight
+
+
+def _layer_report(name: str, weight: Tensor, scheme: Scheme, snr_db: float) -> LayerQuantization:
+    num_bytes = weight.numel() * scheme.bits // 8
+    if scheme.bits < 32:
+        # XNNPACK's groups have bfloat16 scales, all else float32.
+        num_bytes += weight.scale.numel() * (2 if scheme.group_size and not scheme.is_embedding else 4)
+    return LayerQuantization(name, kind_of(name), str(scheme), tuple(weight.shape), snr_db, num_bytes)
+
+
+def kind_of(name: str) -> str:
+    """What the layers of one sort are called: ``language_model.layers.3.mlp.up_proj`` is a ``language_model mlp.up_proj``."""
+    for stack in STACKS:
+        if name.startswith(stack + "."):
+            part, (_, _, rest) = stack.partition(".")[0], name[len(stack) + 1 :].partition(".")
+            return f"{part} {rest}"
+    return name
+
+
+def smaller_groups(schemes: Mapping[str, Scheme], recipe: Recipe) -> dict[int, list[str]]:
+    """Group size -> the kinds of layers that could not have the recipe's, e.g. ``{64: ['mlp.down_proj']}``."""
+    kinds: dict[int, set[str]] = defaultdict(set)
+    for name, scheme in schemes.items():
+        if scheme.group_size and not scheme.is_embedding and scheme.group_size != recipe.group_size:
+            kinds[scheme.group_size].add(".".join(name.split(".")[-2:]))
+    return {group_size: sorted(names) for group_size, names in sorted(kinds.items())}
+
+
+def quantize(model: MobileVLM, recipe: Recipe) -> tuple[LayerQuantization, ...]:
+    """Quantizes a whole model in place.
+
+    Raises:
+        ExportError: a weight whose width no group size divides; the model is left as it was.
+    """
+    layers = []
+    for name, scheme in schemes_of(model, recipe).items():
+        module = model.get_submodule(name)
+        weight, snr_db = quantize_weight(module.weight.detach(), scheme)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        layers.append(_layer_report(name, weight, scheme, snr_db))
+    return tuple(layers)
+
+
+@dataclass(frozen=True)
+class StackedLayer:
+    """The weights of one layer of a stack, by their names in the layer.
+
+    Attributes:
+        weights: of linears, as their delegates find them.
+        floats: all other parameters: norms' weights and biases, and linears' biases; float32.
+    """
+
+    weights: dict[str, list[NamedData]]
+    floats: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """What the quantize stage hands on.
+
+    Attributes:
+        checkpoint: that was quantized.
+        recipe: by which.
+        model: real and quantized but for the layers of the :data:`STACKS`, which stay on the meta device.
+        stacks: the layers of each stack, in order.
+        layers: what was done to every weight.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    model: MobileVLM
+    stacks: dict[str, list[StackedLayer]]
+    layers: tuple[LayerQuantization, ...]
+
+
+def meta_model(checkpoint: Checkpoint) -> MobileVLM:
+    """The checkpoint's model without any weights."""
+    with torch.device("meta"):
+        return MobileVLM(checkpoint.config).eval().requires_grad_(False)
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint, recipe: Recipe, spool: Spool, progress: Progress
+) -> QuantizedCheckpoint:
+    """Quantizes a checkpoint tensor by tensor; never more than one is in memory as float32.
+
+    Raises:
+        ExportError: a weight whose width no group size divides.
+        OSError: the disk of the spool is full.
+    """
+    model = meta_model(checkpoint)
+    schemes = schemes_of(model, recipe)
+    stacks: dict[str, list[StackedLayer]] = {}
+    reports = []
+    parameters = list(model.named_parameters())
+    total = sum(parameter.numel() for _, parameter in parameters)
+    done = 0
+    for name, parameter in parameters:
+        tensor = checkpoint.read(name)
+        module_name = name.removesuffix(".weight")
+        scheme = schemes.get(module_name) if name.endswith(".weight") else None
+        if scheme is not None:
+            tensor, snr_db = quantize_weight(tensor, scheme)
+            reports.append(_layer_report(module_name, tensor, scheme, snr_db))
+        place = _place_in_stack(name)
+        if place is None:
+            _set_parameter(model, name, tensor)
+        else:
+            stack, index, rest = place
+            stacked = stacks.setdefault(stack, [])
+            if index == len(stacked):
+                stacked.append(StackedLayer({}, {}))
+            if scheme is not None:
+                stacked[index].weights[rest] = spool_weight(tensor, spool)
+            else:
+                stacked[index].floats[rest] = tensor
+        done += parameter.numel()
+        progress.share(done / total)
+    return QuantizedCheckpoint(checkpoint, recipe, model, stacks, tuple(reports))
+
+
+def _place_in_stack(name: str) -> tuple[str, int, str] | None:
+    for stack in STACKS:
+        if name.startswith(stack + "."):
+            index, _, rest = name[len(stack) + 1 :].partition(".")
+            return stack, int(index), rest
+    return None
+
+
+def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module_name, _, parameter_name = name.rpartition(".")
+    setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(tensor, requires_grad=False))
+
+
+def template_layer(quantized: QuantizedCheckpoint, stack: str) -> tuple[nn.Module, dict[str, list[bytes]]]:
+    """A layer of a stack with arbitrary weights, quantized like the real ones, to be lowered in their place.
+
+    No two of its tensors are equal, so that each is known by its bytes wherever it comes out of the lowering.
+
+    Returns:
+        The layer, and the bytes of each of its parameters as XNNPACK stores them.
+    """
+    layer = quantized.model.get_submodule(stack)[0]
+    generator = torch.Generator().manual_seed(0)
+    template = type(layer)(layer_config(quantized, stack)).eval().requires_grad_(False)
+    parts = {}
+    for name, parameter in list(template.named_parameters()):
+        tensor = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+        scheme = None
+        if name.endswith(".weight"):
+            module_name = name.removesuffix(".weight")
+            scheme = scheme_of(f"{stack}.0.{module_name}", template.get_submodule(module_name), quantized.recipe)
+        if scheme is not None:
+            # How scales are chosen makes no difference to the lowering.
+            tensor, _ = quantize_weight(tensor, replace(scheme, scales="affine"))
+        _set_parameter(template, name, tensor)
+        parts[name] = packed_weight(tensor)
+    return template, parts
+
+
+def layer_config(quantized: QuantizedCheckpoint, stack: str):
+    config = quantized.model.config
+    return config.text if stack.startswith("language_model") else config.vision

@@ -9,6 +9,10 @@ from mvlm.export.errors import ExportError
 
 #: ``--scales``: how the scale of a group of weights is chosen -> torchao's name of the algorithm.
 SCALE_ALGORITHMS = {"affine": "affine", "hqq": "hqq_scale_only"}
+GROUP_SIZES = (32, 64, 128, 256)
+LM_HEAD_BITS = (4, 8)
+EMBEDDING_BITS = (4, 8, 32)
+VISION_WEIGHTS = ("int4", "int8", "fp32")
 
 
 @dataclass(frozen=True)
@@ -17,25 +21,34 @@ class Recipe:
 
     Attributes:
         name: of the recipe, for people.
-        group_size: weights that share a scale in the language model's 4-bit linears and lm_head, along the input
-            width; a power of two, at least 32 (XNNPACK's smallest). Where it does not divide a layer's width, the
-            largest halving of it that does is taken.
+        group_size: weights that share a scale where weights have 4 bits, along the input width: 32, 64, 128 or 256.
+            Where it does not divide a layer's width, the largest halving of it that does is taken.
         scales: ``hqq`` chooses each group's scale to lower the weight error, ``affine`` takes it from the range.
+        lm_head_bits: 4 (in groups) or 8 (one scale per vocabulary entry).
+        embedding_bits: of the token embedding: 8 (one scale per token), 4 (in groups of 32) or 32 (float32).
+        vision: weights of the vision tower's and the projector's linears: ``int8`` (one scale per output channel),
+            ``int4`` (in groups) or ``fp32``.
         max_context_len: positions of the KV cache: prompt, picture and answer together.
     """
 
     name: str = "mobile"
     group_size: int = 128
     scales: str = "hqq"
+    lm_head_bits: int = 4
+    embedding_bits: int = 8
+    vision: str = "int8"
     max_context_len: int = 768
 
     def __post_init__(self) -> None:
-        if self.group_size < 32 or self.group_size & (self.group_size - 1):
-            raise ExportError(
-                f"group size {self.group_size} is not possible: XNNPACK takes powers of two from 32 on (32, 64, 128, …)"
-            )
-        if self.scales not in SCALE_ALGORITHMS:
-            raise ExportError(f"scales {self.scales!r} is not one of: {', '.join(SCALE_ALGORITHMS)}")
+        for what, value, allowed in (
+            ("group size", self.group_size, GROUP_SIZES),
+            ("scales", self.scales, tuple(SCALE_ALGORITHMS)),
+            ("bits of lm_head", self.lm_head_bits, LM_HEAD_BITS),
+            ("bits of the embedding", self.embedding_bits, EMBEDDING_BITS),
+            ("vision weights", self.vision, VISION_WEIGHTS),
+        ):
+            if value not in allowed:
+                raise ExportError(f"{what}: {value!r} is not possible; choose one of {', '.join(map(str, allowed))}")
         if self.max_context_len < 2:
             raise ExportError(
                 f"max context length {self.max_context_len} is too short: a prompt and an answer need 2 at least"
@@ -62,5 +75,15 @@ def mobile() -> Recipe:
     return Recipe()
 
 
+def small() -> Recipe:
+    """The smallest file: 4 bits everywhere."""
+    return Recipe(name="small", embedding_bits=4, vision="int4")
+
+
+def accurate() -> Recipe:
+    """The closest to float32 that is still fast: fine groups and an 8-bit lm_head; about a quarter more bytes."""
+    return Recipe(name="accurate", group_size=32, lm_head_bits=8)
+
+
 #: Named recipes, for the command line.
-RECIPES = {"mobile": mobile}
+RECIPES = {recipe.__name__: recipe for recipe in (mobile, small, accurate)}

@@ -157,8 +157,9 @@ class Run {
     const Metadata& metadata = model_->metadata();
     if (options_.image_path.has_value() && !metadata.vision.has_value()) {
       return InvalidInput(StrCat(options_.model_path, " (", metadata.model_name,
-                                 ") has no vision encoder and cannot look at a picture; leave out "
-                                 "--image_path or use a .pte with one"));
+                                 ") is a language model without a vision encoder and takes no "
+                                 "picture; leave out --image_path or use a .pte with a vision "
+                                 "encoder"));
     }
     Result<Tokenizer> tokenizer = LoadTokenizer(options_, metadata);
     if (!tokenizer.ok()) {

@@ -1,5 +1,10 @@
 // The names in a .pte that the runner relies on. The Python side of the same contract is
 // export/contract.py; what every name means is in the README and in metadata.h.
+//
+// A language model alone has no method vision_encoder and none of the constant methods
+// mvlm_image_*, marker and prefix included: nothing in its prompt stands for a picture, and
+// "<image>" in a question is text like any other. All other models have all of them; a file with
+// only some is broken.
 
 #pragma once
 
@@ -11,7 +16,7 @@ namespace mvlm::contract {
 // `mvlm_format_version`.
 inline constexpr int64_t kFormatVersion = 1;
 
-// Methods.
+// Methods. kVisionEncoder only of a model that takes pictures.
 inline constexpr char kVisionEncoder[] = "vision_encoder";
 inline constexpr char kTokenEmbedding[] = "token_embedding";
 inline constexpr char kTextDecoder[] = "text_decoder";
@@ -33,9 +38,9 @@ inline constexpr char kModelName[] = "mvlm_model_name";
 inline constexpr char kCheckpointId[] = "mvlm_checkpoint_id";
 inline constexpr char kRecipe[] = "mvlm_recipe";
 inline constexpr char kPromptTemplate[] = "mvlm_prompt_template";
+inline constexpr char kStopStrings[] = "mvlm_stop_strings";
 inline constexpr char kImageMarker[] = "mvlm_image_marker";
 inline constexpr char kImagePrefix[] = "mvlm_image_prefix";
-inline constexpr char kStopStrings[] = "mvlm_stop_strings";
 inline constexpr char kImageSize[] = "mvlm_image_size";
 inline constexpr char kImageMean[] = "mvlm_image_mean";
 inline constexpr char kImageStd[] = "mvlm_image_std";

@@ -66,7 +66,8 @@ void AddFlags(CLI::App& app, mvlm::Options& options, RawFlags& raw) {
       ->required()
       ->type_name("TEXT");
   app.add_option("--image_path", options.image_path,
-                 "A JPEG or PNG picture; without one the model only reads the prompt")
+                 "A JPEG or PNG picture; without one the model only reads the prompt. A .pte "
+                 "without a vision encoder takes none")
       ->type_name("FILE");
   app.add_flag("--raw_prompt", options.raw_prompt,
                "Take the prompt as it is: do not put it into the .pte's prompt template");

@@ -124,6 +124,32 @@ bool HasAnyOfMvlm(const Constants& constants) {
   return false;
 }
 
+std::string Join(const std::vector<std::string>& names) {
+  std::string joined;
+  for (const std::string& name : names) {
+    joined += (joined.empty() ? "" : ", ") + name;
+  }
+  return joined;
+}
+
+// All image constants or none, as there is a vision encoder or not.
+void CheckImageConstants(Reader& reader, const Constants& constants, bool has_vision) {
+  std::vector<std::string> present;
+  std::vector<std::string> missing;
+  for (const std::string& name : ImageConstants()) {
+    (constants.count(name) != 0 ? present : missing).push_back(name);
+  }
+  if (!missing.empty() && (has_vision || !present.empty())) {
+    reader.Complain(StrCat(missing.size() == 1 ? "constant method " : "constant methods ",
+                           Join(missing), missing.size() == 1 ? " is" : " are",
+                           " missing, though it has ",
+                           has_vision ? contract::kVisionEncoder : Join(present)));
+  } else if (!present.empty() && !has_vision) {
+    reader.Complain(
+        StrCat("method ", contract::kVisionEncoder, " is missing, though it has ", Join(present)));
+  }
+}
+
 size_t CountOccurrences(const std::string& text, const std::string& part) {
   size_t count = 0;
   for (size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) {
@@ -207,15 +233,24 @@ const std::vector<std::string>& ContractConstants() {
       contract::kCheckpointId,
       contract::kRecipe,
       contract::kPromptTemplate,
+      contract::kStopStrings,
       contract::kImageMarker,
       contract::kImagePrefix,
-      contract::kStopStrings,
       contract::kImageSize,
       contract::kImageMean,
       contract::kImageStd,
       contract::kImagePadColor,
       contract::kImageTokens,
       contract::kTokenizer,
+  };
+  return names;
+}
+
+const std::vector<std::string>& ImageConstants() {
+  static const std::vector<std::string> names = {
+      contract::kImageMarker, contract::kImagePrefix, contract::kImageSize,
+      contract::kImageMean,   contract::kImageStd,    contract::kImagePadColor,
+      contract::kImageTokens,
   };
   return names;
 }
@@ -231,6 +266,7 @@ Result<Metadata> ParseMetadata(const Constants& constants, bool has_vision) {
     return InvalidInput(StrCat("it is of format ", format, ", but this llava_main reads up to ",
                                contract::kFormatVersion, "; install a newer mvlm"));
   }
+  CheckImageConstants(reader, constants, has_vision);
   Metadata metadata = ReadAll(reader, has_vision);
   if (reader.complaint().has_value()) {
     return InvalidInput(

@@ -26,6 +26,9 @@ using Constants = std::map<std::string, std::vector<Constant>>;
 // The names of all constant methods that the contract knows, whether a .pte must have them or not.
 const std::vector<std::string>& ContractConstants();
 
+// Those of them that a .pte has if, and only if, it has a vision encoder.
+const std::vector<std::string>& ImageConstants();
+
 // How pictures go into the prompt. Only of a .pte that has a vision encoder.
 struct VisionMetadata {
   ImageFormat format;
@@ -44,13 +47,14 @@ struct Metadata {
   std::vector<int64_t> eos_ids;
   PromptFormat prompt;
   std::vector<std::string> stop_strings;
-  std::string tokenizer;  // bytes of a SentencePiece model
-  std::optional<VisionMetadata> vision;
+  std::string tokenizer;                 // bytes of a SentencePiece model
+  std::optional<VisionMetadata> vision;  // empty for a language model alone
 };
 
 // Reads and checks everything. InvalidInput names the first constant that is missing, of the wrong
 // type or out of range; a .pte that has none of mvlm's own is said to be another program's.
-// `has_vision`: whether the .pte has a vision encoder, and so must have the image constants.
+// `has_vision`: whether the .pte has a vision encoder, and so must have all of ImageConstants();
+// otherwise it must have none of them.
 Result<Metadata> ParseMetadata(const Constants& constants, bool has_vision);
 
 }  // namespace mvlm

@@ -16,8 +16,10 @@ namespace mvlm {
 // How a model wants to be asked; read from the .pte.
 struct PromptFormat {
   std::string prompt_template;  // contains "{prompt}" exactly once
-  std::string image_marker;     // e.g. "<image>": stands where the picture's embeddings go
-  std::string image_prefix;     // e.g. "<image>\n": put before a question that has no marker
+  // E.g. "<image>": stands where the picture's embeddings go. Empty for a language model alone,
+  // which takes no picture and to which "<image>" is text like any other.
+  std::string image_marker;
+  std::string image_prefix;  // e.g. "<image>\n": put before a question that has no marker
 };
 
 struct Question {

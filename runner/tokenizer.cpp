@@ -59,7 +59,7 @@ Result<std::string> Tokenizer::Decode(const std::vector<int64_t>& ids) const {
   std::vector<int> known;
   known.reserve(ids.size());
   for (const int64_t id : ids) {
-    if (id >= 0 && id < size()) {
+    if (Has(id)) {
       known.push_back(static_cast<int>(id));
     }
   }
@@ -72,7 +72,7 @@ Result<std::string> Tokenizer::Decode(const std::vector<int64_t>& ids) const {
 }
 
 std::optional<uint8_t> Tokenizer::ByteOf(int64_t id) const {
-  if (id < 0 || id >= size() || !processor_->IsByte(static_cast<int>(id))) {
+  if (!Has(id) || !processor_->IsByte(static_cast<int>(id))) {
     return std::nullopt;
   }
   // Byte pieces are named "<0x00>" to "<0xFF>".
@@ -81,6 +81,9 @@ std::optional<uint8_t> Tokenizer::ByteOf(int64_t id) const {
 }
 
 Result<std::string> Detokenizer::Push(int64_t id) {
+  if (!tokenizer_.Has(id)) {
+    return std::string();  // not even the end of an unfinished character: Decode() skips it too
+  }
   window_.push_back(id);
   const size_t incomplete = IncompleteIds();
   Result<std::string> fresh = Release(window_.size() - incomplete);

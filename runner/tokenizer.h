@@ -28,14 +28,17 @@ class Tokenizer {
   Tokenizer& operator=(Tokenizer&&) noexcept;
   ~Tokenizer();
 
-  // Ids are 0 .. size() - 1.
+  // Ids are 0 .. size() - 1. A model may have more: its vocabulary is often padded.
   int64_t size() const;
+  bool Has(int64_t id) const { return id >= 0 && id < size(); }
 
-  // The ids of `text`, which must be valid UTF-8; no BOS, no EOS.
+  // The ids of `text`, which must be valid UTF-8; no BOS, no EOS. All of them are ids that this
+  // tokenizer has.
   Result<std::vector<int64_t>> Encode(std::string_view text) const;
 
   // The text of `ids`: valid UTF-8, in which byte pieces that make up no character become U+FFFD.
-  // Control pieces and ids outside the vocabulary (a padded lm_head has such) have no text.
+  // Control pieces and ids that this tokenizer does not have (a padded lm_head gives such) have no
+  // text.
   Result<std::string> Decode(const std::vector<int64_t>& ids) const;
 
   // The byte that a byte-fallback piece stands for; nothing for every other id.

@@ -219,7 +219,7 @@ def check(
     float32: LoadedCheckpoint,
     quantized: LoadedCheckpoint,
     recipe: Recipe,
-    image: Image.Image,
+    image: Image.Image | None,
     question: str,
     thresholds: Thresholds,
     say: Callable[[str], None] = lambda text: None,
@@ -231,7 +231,7 @@ def check(
         float32: the checkpoint.
         quantized: the same, quantized in place by ``recipe``.
         recipe: with which the file was made.
-        image: any picture.
+        image: any picture; not looked at, and may be None, where the checkpoint is a language model alone.
         question: about it.
         thresholds: what to reach.
         say: told what is being done.
@@ -253,28 +253,36 @@ def check(
     eager = EagerStages(float32.model, recipe.max_context_len)
     reference = EagerStages(quantized.model, recipe.max_context_len)
 
-    say("pixels and vision features")
-    pixels = preprocess(image, expected.image)
-    program_pixels = preprocess(image, program.metadata.image)
-    if program_pixels.shape != pixels.shape:
-        note = f"{list(pixels.shape)} expected, the file makes {list(program_pixels.shape)}"
-        return [*rows, Row("pixels", "pte/checkpoint", False, note=note)]
-    rows.append(compare("pixels", "pte/checkpoint", pixels, program_pixels, thresholds.pixels))
-    features = [stages.vision_encoder(pixels).clone() for stages in (eager, reference, program)]
-    rows += _three_sides("vision features", features, thresholds.quantized_vision, thresholds.pte_vision)
+    # Where only one side takes pictures, metadata.image has failed above, and nothing further can be compared.
+    if (expected.image is None) != (program.metadata.image is None):
+        return rows
+    picture_1TD: list[Tensor] = []
+    if expected.image is not None and program.metadata.image is not None:
+        if image is None:
+            raise ValueError("the checkpoint's model takes a picture, and none was given")
+        say("pixels and vision features")
+        pixels = preprocess(image, expected.image)
+        program_pixels = preprocess(image, program.metadata.image)
+        if program_pixels.shape != pixels.shape:
+            note = f"{list(pixels.shape)} expected, the file makes {list(program_pixels.shape)}"
+            return [*rows, Row("pixels", "pte/checkpoint", False, note=note)]
+        rows.append(compare("pixels", "pte/checkpoint", pixels, program_pixels, thresholds.pixels))
+        features = [stages.vision_encoder(pixels).clone() for stages in (eager, reference, program)]
+        rows += _three_sides("vision features", features, thresholds.quantized_vision, thresholds.pte_vision)
+        picture_1TD = [features[1]]
 
     say("token embeddings")
     tables = [embed_vocabulary(s, expected.vocab_size, recipe.max_context_len) for s in (eager, reference, program)]
     rows += _three_sides("token embeddings", tables, thresholds.quantized_embedding, thresholds.pte_embedding)
 
     tokenizer = SentencePieceProcessor(model_proto=float32.tokenizer)
-    pieces = prompt_ids(tokenizer, expected, prompt_text(expected, question, has_image=True, raw=False))
+    pieces = prompt_ids(tokenizer, expected, prompt_text(expected, question, bool(picture_1TD), raw=False))
     parts = [tables[1][torch.tensor(piece)][None] for piece in pieces]
-    prompt = torch.cat([parts[0], features[1], *parts[1:]], dim=1)
+    prompt = torch.cat([parts[0], *picture_1TD, *parts[1:]], dim=1)
     room = recipe.max_context_len - prompt.shape[1]
     if room < GENERATED_TOKENS:
         raise ExportError(
-            f"the question and its picture take {prompt.shape[1]} of {recipe.max_context_len} positions; "
+            f"the prompt takes {prompt.shape[1]} of {recipe.max_context_len} positions; "
             f"{GENERATED_TOKENS} must be left for tokens"
         )
 

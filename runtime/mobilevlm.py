@@ -38,6 +38,12 @@ class MobileVLM:
             self.tokenizer = SentencePieceProcessor(model_proto=model)
         except (OSError, RuntimeError) as error:
             raise PteError(f"{tokenizer_path or path}: its tokenizer cannot be loaded: {error}") from error
+        # Its ids would be no rows of the embedding table. Fewer pieces are normal: tables get padded.
+        if len(self.tokenizer) > self.metadata.vocab_size:
+            raise PteError(
+                f"{tokenizer_path or path}: the tokenizer has {len(self.tokenizer)} pieces, but the model's vocabulary "
+                f"only {self.metadata.vocab_size}: it belongs to another model"
+            )
 
     def generate(
         self,
@@ -54,7 +60,7 @@ class MobileVLM:
         """Answers a question, piece by piece as the answer grows.
 
         Args:
-            image: a picture or its file; None for a question without one.
+            image: a picture or its file; None for a question without one. A language model alone takes none.
             prompt: the question. It may say where the picture goes with the file's image marker.
             max_new_tokens: stop after so many tokens (default 512, or what the cache has room for).
             temperature: 0 takes the likeliest token each time, more draws.
@@ -68,6 +74,7 @@ class MobileVLM:
 
         Raises:
             ValueError: an argument is out of range, the picture cannot be read, or the prompt is too long.
+            PteError: there is a picture, and the file is a language model alone.
         """
         sampler = Sampler(temperature, top_k, top_p, seed)
         embeddings = self.embed(image, prompt, raw_prompt)
@@ -101,17 +108,19 @@ class MobileVLM:
 
         Raises:
             ValueError: the picture cannot be read, or the prompt is unusable or longer than the cache.
+            PteError: there is a picture, and the file is a language model alone.
         """
         metadata = self.metadata
+        processing = self.program.require_vision() if image is not None else None
         text = prompt_text(metadata, prompt, image is not None, raw_prompt)
         pieces = prompt_ids(self.tokenizer, metadata, text)
-        length = sum(len(piece) for piece in pieces) + (metadata.image.tokens if image is not None else 0)
+        length = sum(len(piece) for piece in pieces) + (processing.tokens if processing else 0)
         self.resolve_max_new_tokens(None, length)
         parts = [self.program.token_embedding(torch.tensor([piece])) for piece in pieces if piece]
-        if image is not None:
+        if image is not None and processing is not None:
             if not isinstance(image, Image.Image):
                 image = load_image(image)
-            parts.insert(1, self.program.vision_encoder(preprocess(image, metadata.image)))
+            parts.insert(1, self.program.vision_encoder(preprocess(image, processing)))
         return torch.cat(parts, dim=1)
 
     def resolve_max_new_tokens(self, requested: int | None, prompt_length: int) -> int:

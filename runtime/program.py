@@ -17,10 +17,12 @@ from torch import Tensor
 import mvlm.ops
 from mvlm.export.contract import (
     CONSTANT_METHODS,
+    IMAGE_CONSTANT_METHODS,
     TEXT_DECODER,
     TOKEN_EMBEDDING,
     TOKENIZER,
     VISION_ENCODER,
+    ImageProcessing,
     Metadata,
 )
 
@@ -75,7 +77,7 @@ class PteProgram:
         path: of the file.
 
     Attributes:
-        metadata: what the file says about itself.
+        metadata: what the file says about itself; its ``image`` is None for a language model alone.
         tokenizer: the SentencePiece model in the file.
 
     Raises:
@@ -87,7 +89,8 @@ class PteProgram:
         check_pte_file(self.path)
         mvlm.ops.load_native_library()
         program = self._load_program()
-        missing = {VISION_ENCODER, TOKEN_EMBEDDING, TEXT_DECODER, TOKENIZER, *CONSTANT_METHODS} - program.method_names
+        required = {TOKEN_EMBEDDING, TEXT_DECODER, TOKENIZER, *CONSTANT_METHODS} - set(IMAGE_CONSTANT_METHODS)
+        missing = required - program.method_names
         if missing:
             raise PteError(
                 f"{self.path}: is an ExecuTorch program, but not one of mvlm's: it lacks {', '.join(sorted(missing))} "
@@ -95,18 +98,41 @@ class PteProgram:
             )
         values: dict[str, Any] = {}
         for name in CONSTANT_METHODS:
-            outputs = self._execute(program, name, [])
-            values[name] = list(outputs) if name in _SEQUENCES else outputs[0]
+            if name in program.method_names:  # from_constant_methods() knows which may be missing
+                outputs = self._execute(program, name, [])
+                values[name] = list(outputs) if name in _SEQUENCES else outputs[0]
         try:
             self.metadata = Metadata.from_constant_methods(values)
         except ValueError as error:
             raise PteError(f"{self.path}: {error}") from error
+        if (VISION_ENCODER in program.method_names) != (self.metadata.image is not None):
+            images = ", ".join(IMAGE_CONSTANT_METHODS)
+            has, lacks = (images, VISION_ENCODER) if self.metadata.image else (VISION_ENCODER, images)
+            raise PteError(f"{self.path}: contradicts itself: it has {has}, but lacks {lacks}; export it again")
         self.tokenizer = bytes(self._execute(program, TOKENIZER, [])[0].numpy())
         self._programs: dict[str, Program] = {}
 
     def vision_encoder(self, pixel_values: Tensor) -> Tensor:
-        """Image embeddings float32 [1, T, D] of pixels float32 [1, 3, S, S]."""
+        """Image embeddings float32 [1, T, D] of pixels float32 [1, 3, S, S].
+
+        Raises:
+            PteError: the file is a language model alone.
+        """
+        self.require_vision()
         return self._run(VISION_ENCODER, [pixel_values])
+
+    def require_vision(self) -> ImageProcessing:
+        """How pictures are prepared.
+
+        Raises:
+            PteError: the file is a language model alone.
+        """
+        if self.metadata.image is None:
+            raise PteError(
+                f"{self.path} ({self.metadata.model_name}) is a language model without a vision encoder and takes no "
+                "picture; leave out the picture or use a .pte with a vision encoder"
+            )
+        return self.metadata.image
 
     def token_embedding(self, ids: Tensor) -> Tensor:
         """Token embeddings float32 [1, n, D] of ids int64 [1, n]."""

@@ -10,12 +10,14 @@ from mvlm.export.contract import PROMPT_PLACEHOLDER, Metadata
 def prompt_text(metadata: Metadata, question: str, has_image: bool, raw: bool) -> str:
     """The whole prompt, image marker included.
 
+    For a language model alone no text stands for a picture: ``<image>`` in the question is text like any other.
+
     Raises:
         ValueError: the question is empty, or its markers and the picture do not fit each other.
     """
     if not question.strip():
         raise ValueError("the prompt is empty; ask something, such as 'Describe the image.'")
-    markers = question.count(metadata.image_marker)
+    markers = question.count(metadata.image_marker) if metadata.image else 0
     if markers > has_image:
         raise ValueError(
             f"the prompt has {markers} {metadata.image_marker} and there {'is one picture' if has_image else 'is none'}"
@@ -31,7 +33,7 @@ def prompt_text(metadata: Metadata, question: str, has_image: bool, raw: bool) -
 
 def prompt_ids(tokenizer: SentencePieceProcessor, metadata: Metadata, text: str) -> list[list[int]]:
     """Token ids of the pieces around the image marker, each tokenized by itself; BOS opens the first."""
-    pieces = [tokenizer.encode(piece) for piece in text.split(metadata.image_marker)]
+    pieces = [tokenizer.encode(piece) for piece in (text.split(metadata.image_marker) if metadata.image else [text])]
     return [[metadata.bos_id, *pieces[0]], *pieces[1:]]
 
 
@@ -39,6 +41,8 @@ class StreamingDecoder:
     """Text of a growing answer: whole characters only, without white space at its ends, up to a stop string.
 
     The text so far is decoded anew with every token, which is what makes it equal to decoding all of them at once.
+    Ids that the tokenizer has no piece for have no text: a vocabulary is often padded, and a model, above all one with
+    random weights, may choose any of its ids.
     """
 
     def __init__(self, tokenizer: SentencePieceProcessor, stop_strings: tuple[str, ...]) -> None:
@@ -50,6 +54,8 @@ class StreamingDecoder:
 
     def push(self, token: int) -> str:
         """Adds a token and returns what can be shown now, possibly nothing."""
+        if not 0 <= token < len(self._tokenizer):
+            return ""
         self._ids.append(token)
         text = self._text()
         for stop in self._stop_strings:

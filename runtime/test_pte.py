@@ -29,7 +29,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("pte", type=Path, help="a file made by mvlm.export")
     parser.add_argument("--model", metavar="DIR|ID", help="its checkpoint (default: the bundled demo checkpoint)")
     parser.add_argument("--vision-tower", metavar="DIR|ID", help="CLIP checkpoint, as for mvlm.export")
-    parser.add_argument("--image", type=Path, help="any picture (default: the bundled one)")
+    parser.add_argument(
+        "--image", type=Path, help="any picture (default: the bundled one); none for a language model alone"
+    )
     parser.add_argument("--prompt", default="Describe the image.", help="question (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     return parser.parse_args(arguments)
@@ -51,7 +53,10 @@ def run(options: argparse.Namespace) -> list[Row]:
     model = options.model or str(demo.CHECKPOINT)
     if not options.model and program.metadata.model_name != demo.CHECKPOINT.name:
         progress.say(f"no --model given: comparing with the bundled demo checkpoint, {model}")
-    image = load_image(options.image or demo.SAMPLE_IMAGE)
+    image = None
+    if program.metadata.image is not None or options.image:
+        program.require_vision()
+        image = load_image(options.image or demo.SAMPLE_IMAGE)
     try:
         recipe = Recipe.from_json(program.metadata.recipe)
     except ValueError as error:

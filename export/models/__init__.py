@@ -5,7 +5,7 @@ prefixes (``mvlm.export.checkpoint``) and not a translation.
 """
 
 from mvlm.export.models.clip import CLIPVisionConfig, CLIPVisionTower
-from mvlm.export.models.mobilellama import MobileLlama, MobileLlamaConfig, TextDecoder
+from mvlm.export.models.mobilellama import KVCache, MobileLlama, MobileLlamaConfig, TextDecoder, rope_tables
 from mvlm.export.models.mobilevlm import MobileVLM, MobileVLMConfig
 from mvlm.export.models.projector import PROJECTOR_TYPES, build_projector, image_token_count
 
@@ -13,6 +13,7 @@ __all__ = [
     "PROJECTOR_TYPES",
     "CLIPVisionConfig",
     "CLIPVisionTower",
+    "KVCache",
     "MobileLlama",
     "MobileLlamaConfig",
     "MobileVLM",
@@ -20,4 +21,5 @@ __all__ = [
     "TextDecoder",
     "build_projector",
     "image_token_count",
+    "rope_tables",
 ]

@@ -18,6 +18,13 @@ import pytest
 import sentencepiece
 import torch
 from PIL import Image
+from sentencepiece import SentencePieceProcessor
+from tiny_pte import TinyPte, hollow_constants, write_hollow_pte
+from torch import Tensor
+
+from mvlm.runtime import MobileVLM
+from mvlm.runtime.preprocess import load_image, preprocess
+from mvlm.runtime.prompt import StreamingDecoder, prompt_ids
 
 QUESTION = "Describe the image."
 
@@ -25,18 +32,28 @@ Run = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture
-def run(llava_main: Path, demo_pte: Path, tmp_path: Path) -> Run:
-    """Runs ``llava_main`` in an empty folder. Flags as keywords; the demo model and greedy sampling by default."""
+def run_pte(llava_main: Path, tmp_path: Path) -> Run:
+    """Runs ``llava_main`` in an empty folder. Flags as keywords; greedy sampling by default."""
     folder = tmp_path / "run"
     folder.mkdir()
 
     def call(*arguments: str | bytes, **flags: object) -> subprocess.CompletedProcess:
-        flags = {"model_path": demo_pte, "prompt": QUESTION, "temperature": 0} | flags
+        flags = {"prompt": QUESTION, "temperature": 0} | flags
         command: list[object] = [llava_main]
         for name, value in flags.items():
             if value is not None:
                 command += [f"--{name}", value if isinstance(value, bytes) else str(value)]
         return subprocess.run([*command, *arguments], capture_output=True, cwd=folder, timeout=300)
+
+    return call
+
+
+@pytest.fixture
+def run(run_pte: Run, demo_pte: Path) -> Run:
+    """The same with the demo model."""
+
+    def call(*arguments: str | bytes, **flags: object) -> subprocess.CompletedProcess:
+        return run_pte(*arguments, **{"model_path": demo_pte} | flags)
 
     return call
 
@@ -209,6 +226,7 @@ def test_help_teaches(llava_main):
     flags = "model_path tokenizer_path image_path prompt raw_prompt seq_len max_new_tokens temperature top_p top_k seed"
     for flag in [*flags.split(), "cpu_threads", "workspace_sharing", "stats_path", "quiet", "version", "help"]:
         assert f"--{flag}" in result.stdout, flag
+    assert "A .pte without a vision encoder takes none" in result.stdout
 
 
 def test_version(llava_main):
@@ -398,6 +416,108 @@ def test_the_content_counts_not_the_name(run, tmp_path, sample_image):
     Image.open(sample_image).save(as_png)
     shutil.copy(as_png, misnamed)
     assert answer(run(image_path=misnamed)) == answer(run(image_path=as_png))
+
+
+# Tiny random models: a language model alone, and one whose picture takes 576 tokens
+
+
+def greedy(tiny: TinyPte, prompt: list[list[int]], count: int, pixels: Tensor | None = None) -> list[int]:
+    """The eager model's likeliest tokens, each from the whole sequence anew; the picture goes between two pieces."""
+    with torch.no_grad():
+        parts = [tiny.model.embed_tokens(torch.tensor([piece])) for piece in prompt]
+        if pixels is not None:
+            parts.insert(1, tiny.model.encode_image(pixels))
+        embeddings = torch.cat(parts, dim=1)
+        tokens: list[int] = []
+        for _ in range(count):
+            tokens.append(int(tiny.model(embeddings)[0, -1].argmax()))
+            embeddings = torch.cat([embeddings, tiny.model.embed_tokens(torch.tensor([tokens[-1:]]))], dim=1)
+    return tokens
+
+
+def test_a_language_model_alone_answers(run_pte, text_pte, tmp_path):
+    """The same tokens as the eager model's and the same text as the Python runtime's.
+
+    Most of the tokens are such that the tokenizer has no piece for them: the model is random, and its vocabulary twice
+    as large as the tokenizer's. They have no text.
+    """
+    stats_path = tmp_path / "stats.json"
+    question = "A question, é?"
+    text = answer(run_pte(model_path=text_pte.path, prompt=question, max_new_tokens=24, stats_path=stats_path))
+    stats = json.loads(stats_path.read_text())
+    model = MobileVLM(text_pte.path)
+    prompt = prompt_ids(model.tokenizer, model.metadata, f"USER: {question} ASSISTANT:")
+    assert stats["image"] is None
+    assert stats["image_encode_ms"] is None
+    assert stats["prompt_tokens"] == len(prompt[0])
+    assert stats["tokens"] == greedy(text_pte, prompt, 24)
+    assert any(token >= len(model.tokenizer) for token in stats["tokens"])
+    assert text == model.answer(None, question, max_new_tokens=24) + "\n"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tokens_without_a_piece_have_no_text(run_pte, text_pte, tmp_path, seed):
+    stats_path = tmp_path / "stats.json"
+    result = run_pte(model_path=text_pte.path, temperature=100, seed=seed, max_new_tokens=60, stats_path=stats_path)
+    decoder = StreamingDecoder(SentencePieceProcessor(model_proto=text_pte.tokenizer), text_pte.metadata.stop_strings)
+    tokens = json.loads(stats_path.read_text())["tokens"]
+    text = "".join([*map(decoder.push, tokens), decoder.finish()])
+    assert text
+    assert answer(result) == text + "\n"
+
+
+def test_a_language_model_alone_takes_no_picture(run_pte, text_pte, sample_image):
+    result = run_pte(model_path=text_pte.path, image_path=sample_image)
+    check_refused(
+        result,
+        f"{text_pte.path} (tiny) is a language model without a vision encoder and takes no picture",
+        "leave out --image_path",
+    )
+
+
+def test_to_a_language_model_alone_an_image_marker_is_text(run_pte, text_pte, tmp_path):
+    stats_path = tmp_path / "stats.json"
+    prompt = "<image> and <image>"
+    answer(run_pte("--raw_prompt", model_path=text_pte.path, prompt=prompt, stats_path=stats_path, max_new_tokens=1))
+    ids = SentencePieceProcessor(model_proto=text_pte.tokenizer).encode(prompt)
+    assert json.loads(stats_path.read_text())["prompt_tokens"] == len(ids) + 1
+
+
+def test_a_picture_may_take_576_tokens(run_pte, llava_pte, tmp_path, sample_image):
+    stats_path = tmp_path / "stats.json"
+    flags = {"model_path": llava_pte.path, "stats_path": stats_path}
+    text = answer(run_pte(**flags, image_path=sample_image, max_new_tokens=12))
+    stats = json.loads(stats_path.read_text())
+    model = MobileVLM(llava_pte.path)
+    prompt = prompt_ids(model.tokenizer, model.metadata, f"USER: <image>\n{QUESTION} ASSISTANT:")
+    assert stats["image"]["tokens"] == 576
+    assert stats["prompt_tokens"] == 576 + sum(map(len, prompt))
+    pixels = preprocess(load_image(sample_image), model.metadata.image)
+    assert stats["tokens"] == greedy(llava_pte, prompt, 12, pixels)
+    assert text == model.answer(sample_image, QUESTION, max_new_tokens=12) + "\n"
+
+    # All that is left of the cache.
+    answer(run_pte(**flags, image_path=sample_image, temperature=1000, seed=1))
+    stats = json.loads(stats_path.read_text())
+    assert stats["max_new_tokens"] == 768 - stats["prompt_tokens"]
+    check_refused(run_pte(**flags, image_path=sample_image, prompt=QUESTION * 60), "at most 767 fit")
+    assert answer(run_pte(**flags, max_new_tokens=3))
+
+
+@pytest.mark.parametrize(
+    ("with_vision", "left_out", "expected"),
+    [
+        (True, None, "constant methods mvlm_image_marker, mvlm_image_prefix, mvlm_image_size"),
+        (False, (), "method vision_encoder is missing, though it has mvlm_image_marker"),
+        (True, ("mvlm_image_size", "mvlm_image_tokens"), "constant methods mvlm_image_size, mvlm_image_tokens are"),
+        (False, ("mvlm_image_prefix",), "constant method mvlm_image_prefix is missing"),
+    ],
+    ids=["encoder without constants", "constants without encoder", "some constants", "some constants, no encoder"],
+)
+def test_a_pte_that_contradicts_itself(run_pte, tmp_path, demo_tokenizer, with_vision, left_out, expected):
+    """``left_out``: image constants that the file lacks; None for all."""
+    path = write_hollow_pte(tmp_path / "hollow.pte", hollow_constants(demo_tokenizer, left_out), with_vision)
+    check_refused(run_pte(model_path=path), str(path), "not a proper mvlm .pte", expected)
 
 
 # Failures and signals

@@ -1,4 +1,4 @@
-"""Checkpoints in MobileVLM's original layout with random weights, at toy size.
+"""Checkpoints in the layouts of MobileVLM, LLaVA and MobileLLaMA with random weights, at toy size.
 
 Names and shapes are written down here once more, from the published checkpoints, and not taken from the reader that is
 tested with them. Weights are scaled so that every layer's outputs are of the order of 1, so that a wrong layer shows.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import io
 import json
-from dataclasses import asdict, dataclass, field
+import struct
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,27 @@ MOBILEVLM_1_7B = Sizes(
     vision_num_attention_heads=16,
     vision_image_size=336,
     vision_patch_size=14,
+)
+
+
+MOBILEVLM_3B = replace(
+    MOBILEVLM_1_7B,
+    hidden_size=2560,
+    intermediate_size=6912,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=80,
+)
+VICUNA_7B = replace(
+    MOBILEVLM_1_7B,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
 )
 
 
@@ -174,6 +196,76 @@ def random_tensors(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
         else:
             tensors[name] = tensor * 0.1 + (1.0 if name.endswith("weight") else 0.0)
     return tensors
+
+
+def original_shapes(sizes: Sizes, own_tower: bool) -> Shapes:
+    """All names of a checkpoint in MobileVLM's and the original LLaVA's layout."""
+    shapes = language_shapes(sizes) | {PROJECTOR_PREFIX + k: shape for k, shape in projector_shapes(sizes).items()}
+    if own_tower:
+        shapes |= {VISION_PREFIX + k: shape for k, shape in tower_shapes(sizes).items()}
+    return shapes
+
+
+#: Prefixes in Hugging Face's LLaVA of the language model, its head, the projector and the tower: as written until
+#: transformers 4.51, as in memory since then and in files of some, and as transformers 5 writes.
+HF_NAMES = {
+    "old": ("language_model.model.", "language_model.", "multi_modal_projector.", "vision_tower.vision_model."),
+    "new": ("model.language_model.", "", "model.multi_modal_projector.", "model.vision_tower.vision_model."),
+    "newest": ("model.language_model.", "", "model.multi_modal_projector.", "model.vision_tower."),
+    "transformers 5": ("language_model.model.", "language_model.", "multi_modal_projector.", "vision_tower."),
+}
+
+
+def hf_llava_names(
+    language: dict[str, Any], projector: dict[str, Any], tower: dict[str, Any], scheme: str
+) -> dict[str, Any]:
+    """Tensors or shapes by their names in Hugging Face's layout; ``projector`` is an ``mlp2x_gelu``."""
+    model, head, middle, vision = HF_NAMES[scheme]
+    return (
+        {vision + name: value for name, value in tower.items()}
+        | {middle + name.replace("0.", "linear_1.").replace("2.", "linear_2."): v for name, v in projector.items()}
+        | {model + name.removeprefix("model."): v for name, v in language.items() if name.startswith("model.")}
+        | {head + name: value for name, value in language.items() if name.startswith("lm_head.")}
+    )
+
+
+def hf_llava_config(sizes: Sizes, **text: object) -> dict[str, Any]:
+    """config.json of Hugging Face's LLaVA; ``text`` stands in for the full text_config."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_token_index": sizes.vocab_size - 2,
+        "model_type": "llava",
+        "pad_token_id": sizes.vocab_size - 1,
+        "projector_hidden_act": "gelu",
+        "text_config": {"model_type": "llama", **(text or sizes.text())},
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "projection_dim": 768,
+            "vocab_size": 32000,
+            **sizes.vision(),
+        },
+        "vision_feature_layer": sizes.select_layer,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def write_sparse(path: Path, shapes: Shapes) -> None:
+    """A safetensors file of float16 zeros that takes no room on the disk, whatever its size.
+
+    The format is 8 bytes with the length of the header, the header as JSON, and the values
+    (https://huggingface.co/docs/safetensors).
+    """
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
 
 
 @functools.cache
@@ -273,6 +365,41 @@ class RandomCheckpoint:
             config,
             {"model_type": "clip_vision_model"} | sizes.vision(),
         )
+
+    def make_llava(self) -> None:
+        """Turns config.json into that of the original LLaVA-1.5."""
+        assert self.sizes.projector in ("mlp2x_gelu", "linear")
+        del self.config["vision_tower_type"]
+        self.config |= {
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "model_type": "llava",
+            "freeze_mm_mlp_adapter": False,
+            "pretraining_tp": 1,
+            "use_mm_proj": True,
+            "max_length": 4096,
+        }
+
+    def make_text_only(self) -> None:
+        """Turns config.json into that of MobileLLaMA, and leaves projector and tower out."""
+        self.config = self.sizes.text() | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "rope_scaling": None,
+            "tie_word_embeddings": False,
+        }
+        self.projector, self.tower, self.own_tower = {}, {}, True
+
+    def write_hf_llava(self, folder: Path, scheme: str = "old", form: str = "model.safetensors") -> Path:
+        """Writes the checkpoint in Hugging Face's LLaVA layout; returns ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(hf_llava_config(self.sizes)))
+        (folder / "tokenizer.model").write_bytes(self.tokenizer)
+        save_tensors(folder, hf_llava_names(self.language, self.projector, self.tower, scheme), form)
+        return folder
 
     def main_tensors(self) -> dict[str, Tensor]:
         """What the checkpoint's own weight files hold, by full name."""

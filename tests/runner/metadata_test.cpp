@@ -77,15 +77,36 @@ TEST(ParseMetadata, NamesWhateverIsMissing) {
   }
 }
 
-TEST(ParseMetadata, AModelWithoutVisionNeedsNoImageConstants) {
+TEST(ParseMetadata, ALanguageModelAloneHasNoImageConstants) {
   Constants constants = Good();
-  for (const char* name :
-       {contract::kImageMarker, contract::kImagePrefix, contract::kImageSize, contract::kImageMean,
-        contract::kImageStd, contract::kImagePadColor, contract::kImageTokens}) {
+  for (const std::string& name : ImageConstants()) {
     constants.erase(name);
   }
-  EXPECT_EQ(Complaint(constants, false), "");
-  EXPECT_NE(Complaint(constants, true), "");
+  const Result<Metadata> metadata = ParseMetadata(constants, false);
+  ASSERT_TRUE(metadata.ok()) << metadata.error().message;
+  EXPECT_FALSE(metadata->vision.has_value());
+  EXPECT_EQ(metadata->prompt.image_marker, "");
+  EXPECT_EQ(metadata->prompt.image_prefix, "");
+  for (const std::string& name : ImageConstants()) {
+    EXPECT_NE(Complaint(constants, true).find(name), std::string::npos) << name;
+  }
+}
+
+TEST(ParseMetadata, AllImageConstantsOrNone) {
+  EXPECT_NE(Complaint(Good(), false)
+                .find("method vision_encoder is missing, though it has "
+                      "mvlm_image_marker, mvlm_image_prefix"),
+            std::string::npos)
+      << Complaint(Good(), false);
+  Constants constants = Good();
+  constants.erase(contract::kImageTokens);
+  constants.erase(contract::kImageStd);
+  for (const bool has_vision : {false, true}) {
+    EXPECT_NE(Complaint(constants, has_vision)
+                  .find("constant methods mvlm_image_std, mvlm_image_tokens are missing"),
+              std::string::npos)
+        << Complaint(constants, has_vision);
+  }
 }
 
 TEST(ParseMetadata, AnotherProgramsFileIsCalledThat) {

@@ -48,8 +48,11 @@ TEST(PromptPieces, RefusesWhatCannotBeAsked) {
   EXPECT_NE(Complaint(Ask("<image> and <image>", true)).find("2 times"), std::string::npos);
 }
 
-TEST(PromptPieces, AModelWithoutAMarkerTakesAnyText) {
-  EXPECT_TRUE(PromptPieces({"{prompt}", "", ""}, {"<image>", false, false}).ok());
+TEST(PromptPieces, ToALanguageModelAloneAMarkerIsText) {
+  const PromptFormat format = {"USER: {prompt}", "", ""};
+  EXPECT_EQ(*PromptPieces(format, {"<image>\n<image>", false, false}),
+            (Pieces{"USER: <image>\n<image>"}));
+  EXPECT_EQ(*PromptPieces(format, {"<image>", false, true}), (Pieces{"<image>"}));
 }
 
 TEST(TokenizedPrompt, CountsPieceAndPicturePositions) {
@@ -71,6 +74,12 @@ TEST(ResolveSeqLen, DefaultsToAllAndStaysWithin) {
 TEST(ResolveMaxNewTokens, DefaultsToTheReferencesOrWhatFits) {
   EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 100, 768, 768), kDefaultMaxNewTokens);
   EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 194, 600, 768), 406);
+}
+
+TEST(ResolveMaxNewTokens, APictureMayTakeMostOfTheCache) {
+  const TokenizedPrompt llava = {{{1, 5, 6}, {7}},
+                                 576};  // 24 x 24 patches, as LLaVA-1.5 takes them
+  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, llava.positions(), 768, 768), 188);
 }
 
 TEST(ResolveMaxNewTokens, ARequestIsCutToWhatFits) {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -112,6 +113,42 @@ def test_a_character_comes_whole_and_at_once(stage_dump, tokenizer):
     path, oracle = tokenizer
     ids = [oracle.piece_to_id(piece) for piece in ("<0x61>", "<0xE2>", "<0x82>", "<0xAC>", "<0xC3>")]
     assert ask(stage_dump, "decode", path, [ids]) == [["a", "", "", "€", "", "\ufffd"]]
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe with bytes"], indirect=True)
+def test_added_tokens_are_one_id_each(stage_dump, tokenizer, tmp_path):
+    """The exporter appends a checkpoint's added tokens to its SentencePiece model, as user-defined pieces."""
+    added = ["<image>", "<pad>", "<a>", "<a>b", "<|im_end|>", "</tool>", "<two▁words>", "日本語の", "ASSISTANT"]
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer[0].read_bytes())
+    first = len(model.pieces)
+    for piece in added:
+        model.pieces.add(piece=piece, score=0.0, type=model.SentencePiece.USER_DEFINED)
+    path = tmp_path / "added.model"
+    path.write_bytes(model.SerializeToString())
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+    texts = [f"{before}{piece.replace('▁', ' ')}{after}" for piece in added for before in ("", "é") for after in " y"]
+    texts += ["<a><a>b<a> b", "<image><image>\n<pad>", " <pad> ", "<imag", "<two  words>", *TEXTS]
+    ids = ask(stage_dump, "encode", path, texts)
+    for text, actual in zip(texts, ids, strict=True):
+        assert actual == oracle.encode(text), repr(text)
+    for index, piece in enumerate(added):
+        assert ask(stage_dump, "encode", path, [f"x{piece.replace('▁', ' ')}y"])[0].count(first + index) == 1
+
+    rng = random.Random(4)
+    sequences = ids + [[rng.randrange(first - 40, len(oracle)) for _ in range(20)] for _ in range(100)]
+    for sequence, parts in zip(sequences, ask(stage_dump, "decode", path, sequences), strict=True):
+        assert "".join(parts) == oracle.decode(sequence), sequence
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [name for name, options in MODELS.items() if options.get("byte_fallback")], indirect=True
+)
+def test_ids_without_a_piece_do_not_part_a_character(stage_dump, tokenizer):
+    path, oracle = tokenizer
+    euro = [oracle.piece_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+    padded = [id_ for byte in euro for id_ in (byte, len(oracle), 2**40)]
+    assert ask(stage_dump, "decode", path, [padded])[0] == ["", "", "", "", "", "", "€", "", "", ""]
 
 
 def test_ids_without_text_are_skipped(stage_dump, tokenizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mvlm.export.package import PROMPT_TEMPLATE
 from mvlm.export.recipe import mobile
-from mvlm.runtime import PteProgram
+from mvlm.runtime import PteProgram, fidelity
 from mvlm.runtime.fidelity import Row, Thresholds, check, compare_free, cosine, snr_db
 from mvlm.runtime.preprocess import load_image
 from mvlm.runtime.test_pte import main
@@ -184,6 +185,17 @@ def test_fails_for_another_tokenizer(tampered, models, sample_image):
         data[at + 40] ^= 1
 
     assert failed_rows(models, tampered(rewrite), sample_image) == ["tokenizer (pte/checkpoint)"]
+
+
+def test_a_language_model_alone_is_compared_without_pictures(monkeypatch, text_pte):
+    monkeypatch.setattr(fidelity, "describe", lambda *_: text_pte.metadata)
+    checkpoint = SimpleNamespace(model=text_pte.model, tokenizer=text_pte.tokenizer)
+    recipe = SimpleNamespace(max_context_len=text_pte.metadata.max_context_len)
+    rows = check(PteProgram(text_pte.path), checkpoint, checkpoint, recipe, None, "Who are you?", Thresholds())
+    assert [row for row in rows if not row.passed] == []
+    names = {row.name for row in rows}
+    assert {"token embeddings", "prefill logits", "forced logits", "free tokens"} <= names
+    assert not {"pixels", "vision features"} & names
 
 
 def test_unusable_input_exits_with_2(capsys, demo_pte, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import subprocess
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tiny_pte import VOCAB_SIZE, hollow_constants, write_hollow_pte
 
 from mvlm.export.demo.world import draw, questions, sample_scene
-from mvlm.runtime import MobileVLM, PteError
+from mvlm.runtime import MobileVLM, PteError, PteProgram
 from mvlm.runtime.prompt import StreamingDecoder, prompt_ids, prompt_text
 from mvlm.runtime.sampler import Sampler
 
@@ -118,6 +121,66 @@ def test_bad_files(demo_pte, tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(PteError, match=message):
             MobileVLM(tmp_path / name)
+
+
+def test_a_language_model_alone_takes_no_picture(text_pte, sample_image):
+    model = MobileVLM(text_pte.path)
+    assert model.metadata == text_pte.metadata
+    assert model.metadata.image is None
+    expected = r"text\.pte \(tiny\) is a language model without a vision encoder and takes no picture; leave out"
+    with pytest.raises(PteError, match=expected):
+        model.generate(sample_image, "What is it?")
+    with pytest.raises(PteError, match=expected):
+        model.program.vision_encoder(torch.zeros(1, 3, 336, 336))
+
+
+def test_to_a_language_model_alone_an_image_marker_is_text(text_pte):
+    model = MobileVLM(text_pte.path)
+    text = prompt_text(model.metadata, "<image> and <image>", has_image=False, raw=False)
+    assert text == "USER: <image> and <image> ASSISTANT:"
+    assert prompt_ids(model.tokenizer, model.metadata, text) == [[1, *model.tokenizer.encode(text)]]
+
+
+@pytest.mark.parametrize(
+    ("with_vision", "left_out", "expected"),
+    [
+        (True, None, "has vision_encoder, but lacks mvlm_image_marker, mvlm_image_prefix, mvlm_image_size"),
+        (False, (), "has mvlm_image_marker, .*, but lacks vision_encoder"),
+        (True, ("mvlm_image_size", "mvlm_image_tokens"), "missing: mvlm_image_size, mvlm_image_tokens$"),
+        (False, ("mvlm_image_prefix",), "missing: mvlm_image_prefix$"),
+    ],
+    ids=["encoder without constants", "constants without encoder", "some constants", "some constants, no encoder"],
+)
+def test_a_file_that_contradicts_itself(tmp_path, demo_tokenizer, with_vision, left_out, expected):
+    """``left_out``: image constants that the file lacks; None for all."""
+    path = write_hollow_pte(tmp_path / "hollow.pte", hollow_constants(demo_tokenizer, left_out), with_vision)
+    with pytest.raises(PteError, match=expected):
+        PteProgram(path)
+
+
+def test_a_tokenizer_of_another_model(text_pte, tmp_path):
+    buffer = io.BytesIO()
+    words = random.Random(1)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["".join(words.choices("abcdefghij", k=6)) for _ in range(4000)]),
+        model_writer=buffer,
+        vocab_size=VOCAB_SIZE + 1,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(PteError, match=r"tokenizer has 1025 pieces, but the model's vocabulary only 1024"):
+        MobileVLM(text_pte.path, path)
+
+
+def test_ids_without_a_piece_have_no_text(demo_tokenizer):
+    """Not even between the bytes of one character."""
+    tokenizer = SentencePieceProcessor(model_proto=demo_tokenizer)
+    ids = tokenizer.encode("a 😀 b")
+    padded = [id_ for known in ids for id_ in (known, len(tokenizer), VOCAB_SIZE)]
+    decoder = StreamingDecoder(tokenizer, ("</s>",))
+    assert "".join([*map(decoder.push, padded), decoder.finish()]) == "a 😀 b"
 
 
 def test_a_program_that_is_not_ours(tmp_path):
