@@ -9,15 +9,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mvlm.export import demo
+from mvlm.export.command_line import add_checkpoint_arguments, open_of
 from mvlm.export.errors import ExportError
 from mvlm.export.progress import Progress, quiet_libraries
-from mvlm.export.recipe import RECIPES, SCALE_ALGORITHMS, Recipe, mobile
+from mvlm.export.recipe import (
+    EMBEDDING_BITS,
+    GROUP_SIZES,
+    LM_HEAD_BITS,
+    RECIPES,
+    SCALE_ALGORITHMS,
+    VISION_WEIGHTS,
+    Recipe,
+    mobile,
+)
 
-if TYPE_CHECKING:
-    from mvlm.export.checkpoint import Checkpoint
+#: Flags that change one field of the named recipe.
+RECIPE_FLAGS = ("group_size", "scales", "lm_head_bits", "embedding_bits", "vision", "max_context_len")
 
 EPILOG = """\
 examples:
@@ -57,41 +66,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--pte-name", required=True, type=Path, metavar="FILE", help="the file to write, usually NAME.pte"
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--model",
-        metavar="DIR|ID",
-        help="checkpoint: a folder with config.json, tokenizer.model and weights, or a Hugging Face hub id "
-        "(default: the bundled demo checkpoint)",
-    )
-    source.add_argument(
-        "--random-weights",
-        metavar="NAME",
-        help="random weights of a published model's shape, mobilevlm-1.7b say, for benchmarks; --list names them all",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="of --random-weights (default: 0)")
+    add_checkpoint_arguments(parser)
     parser.add_argument(
-        "--revision", metavar="REV", help="branch, tag or commit of --model on the hub (default: its main branch)"
+        "--recipe",
+        choices=sorted(RECIPES),
+        default=defaults.name,
+        help="named recipe; the flags below change parts of it (default: %(default)s)",
     )
     parser.add_argument(
-        "--vision-tower",
-        metavar="DIR|ID",
-        help="CLIP checkpoint for a model that carries none, MobileVLM V1 (default: what its config.json names)",
+        "--group-size", type=int, choices=GROUP_SIZES, help="4-bit weights that share a scale (mobile: 128)"
     )
     parser.add_argument(
-        "--recipe", choices=sorted(RECIPES), default=defaults.name, help="named recipe (default: %(default)s)"
+        "--scales", choices=sorted(SCALE_ALGORITHMS), help="how the scale of a group is chosen (mobile: hqq)"
     )
     parser.add_argument(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help=f"4-bit weights that share a scale: 32, 64, 128, … (default: {defaults.group_size})",
+        "--lm-head-bits", type=int, choices=LM_HEAD_BITS, help="of the layer that makes logits (mobile: 4)"
     )
-    parser.add_argument(
-        "--scales",
-        choices=sorted(SCALE_ALGORITHMS),
-        help=f"how scales of 4-bit groups are chosen (default: {defaults.scales})",
-    )
+    parser.add_argument("--embedding-bits", type=int, choices=EMBEDDING_BITS, help="of the token embedding (mobile: 8)")
+    parser.add_argument("--vision", choices=VISION_WEIGHTS, help="weights of vision tower and projector (mobile: int8)")
     parser.add_argument(
         "--max-context-len",
         type=int,
@@ -103,6 +95,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="store_true",
         help="also write tokenizer.model, the metadata as JSON and the sample picture beside the .pte",
     )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.json",
+        help="what quantization did to each layer, as JSON, and as a page with a plot beside it",
+    )
+    parser.add_argument("--force", action="store_true", help="go on although memory or disk space will probably not do")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument(
         "--list", action=_List, nargs=0, help="print which checkpoints and named models are supported, and exit"
@@ -113,54 +112,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
     """The named recipe with the flags that were given put over it."""
-    given = {
-        name: getattr(options, name)
-        for name in ("group_size", "scales", "max_context_len")
-        if getattr(options, name) is not None
-    }
+    given = {name: getattr(options, name) for name in RECIPE_FLAGS if getattr(options, name) is not None}
     return replace(RECIPES[options.recipe](), **given)
-
-
-def open_of(options: argparse.Namespace) -> Checkpoint:
-    """The checkpoint that the flags name: a folder or hub id, random weights, or else the bundled demo checkpoint.
-
-    Raises:
-        ExportError: it cannot be used, or flags do not go together.
-    """
-    if options.random_weights is None and options.seed is not None:
-        raise ExportError(f"--seed {options.seed} goes with --random-weights; a checkpoint's weights are not random")
-    if options.model is None:
-        if options.vision_tower is not None:
-            whose = "random weights have their" if options.random_weights else "the bundled demo checkpoint has its"
-            raise ExportError(f"--vision-tower goes with --model; {whose} own")
-        if options.revision is not None:
-            raise ExportError(f"--revision {options.revision} goes with --model and the id of a model on the hub")
-    from mvlm.export.checkpoint import open_checkpoint, random_checkpoint
-
-    if options.random_weights is not None:
-        return random_checkpoint(options.random_weights, options.seed or 0)
-    if options.quiet:
-        import huggingface_hub
-
-        huggingface_hub.utils.disable_progress_bars()
-    return open_checkpoint(options.model or str(demo.CHECKPOINT), options.vision_tower, options.revision)
 
 
 def run(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
-    if options.model is None and options.vision_tower is not None:
-        raise ExportError("--vision-tower goes with --model; the bundled demo checkpoint has its own")
     # Late, because it imports torch, torchao and executorch: --help and wrong flags answer at once.
     quiet_libraries()
+    progress = Progress(options.quiet)
+    with progress.stage("open checkpoint"):
+        checkpoint = open_of(options)
     from mvlm.export.package import write_artifacts
     from mvlm.export.pipeline import export_checkpoint
 
-    progress = Progress(options.quiet)
-    model = options.model
-    if model is None:
-        model = str(demo.CHECKPOINT)
+    if options.model is None and options.random_weights is None:
         progress.say(f"no --model given: exporting the bundled demo checkpoint, {demo.CHECKPOINT}")
-    exported = export_checkpoint(model, options.pte_name, recipe, options.vision_tower, progress)
+    exported = export_checkpoint(checkpoint, options.pte_name, recipe, progress, options.report, options.force)
     progress.say(f"{exported.path}: {exported.size:,} bytes, {exported.metadata.model_name}, {recipe.to_json()}")
     if options.with_artifacts:
         for path in write_artifacts(exported.path, exported.metadata, exported.tokenizer, demo.SAMPLE_IMAGE):

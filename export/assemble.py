@@ -292,8 +292,7 @@ class _MethodBuilder:
         result = self.values[self.method.output]
         self.graph.output((*(node for node, _ in self.mutations), result))
         output_specs = [
-            OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(node.name), target)
-            for node, target in self.mutations
+            OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(node.name), target) for node, target in self.mutations
         ]
         output_specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(result.name), None))
         first = self.method.pieces[0].program

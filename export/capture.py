@@ -181,9 +181,7 @@ def _vision_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
     model, config = quantized.model, quantized.model.config.vision
     pixels = torch.zeros(1, 3, config.image_size, config.image_size)
     hidden = torch.zeros(1, config.num_patches + 1, config.hidden_size)
-    pieces = [
-        Piece("vision_head", _export(_VisionHead(model.vision_tower), (pixels,)), ("pixel_values",), ("hidden",))
-    ]
+    pieces = [Piece("vision_head", _export(_VisionHead(model.vision_tower), (pixels,)), ("pixel_values",), ("hidden",))]
     stack = "vision_tower.encoder.layers"
     if stack in quantized.stacks:
         pieces.append(_layer_piece(quantized, stack, lambda layer: layer, (hidden,), None, ("hidden",), ""))
@@ -225,9 +223,7 @@ def capture(quantized: QuantizedCheckpoint) -> tuple[CapturedMethod, ...]:
     """All methods in pieces; the number of tokens is dynamic, 1 .. ``max_context_len``."""
     methods = []
     if quantized.model.config.vision is not None:
-        methods.append(
-            CapturedMethod(VISION_ENCODER, _vision_pieces(quantized), ("pixel_values",), "image_embeddings")
-        )
+        methods.append(CapturedMethod(VISION_ENCODER, _vision_pieces(quantized), ("pixel_values",), "image_embeddings"))
     embedding = capture_token_embedding(quantized.model, quantized.recipe.max_context_len)
     methods.append(
         CapturedMethod(

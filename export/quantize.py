@@ -10,18 +10,20 @@ The scheme, after ExecuTorch's for Llama (8da4w):
   activations; or 4-bit as above, or float32. Convolutions stay float32: XNNPACK has no dynamically quantized
   depthwise convolution.
 
-:func:`quantize` does it to a whole model in memory, which is what files are checked against. :func:`quantize_checkpoint`
-does the same to a checkpoint, reading, quantizing and packing one tensor after another, so that the model never exists
-as a whole: that is what is exported.
+:func:`quantize` does it to a whole model in memory, which is what files are checked against.
+:func:`quantize_checkpoint` does the same to a checkpoint, reading, quantizing and packing one tensor after another, so
+that the model never exists as a whole: that is what is exported.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.errors import ExportError
 from mvlm.export.models import MobileVLM
-from mvlm.export.progress import Progress
+from mvlm.export.progress import Progress, return_freed_memory
 from mvlm.export.recipe import SCALE_ALGORITHMS, Recipe
 from mvlm.export.report import LayerQuantization
 from mvlm.export.spool import NamedData, Spool, packed_weight, spool_weight
@@ -50,8 +52,15 @@ EMBEDDING_GROUP_SIZE = 32
 #: ten times as fast as whole matrices, and the temporaries stay small.
 BLOCK_ELEMENTS = 1 << 19
 
+#: Half-quadratic quantization ends after this many rounds, or when no scale changes by more than this share; torchao's.
+HQQ_ITERATIONS = 20
+HQQ_TOLERANCE = 1e-5
+
 #: Stacks of identical layers. Their weights go to the spool; everything else is small enough to stay in memory.
 STACKS = ("vision_tower.encoder.layers", "language_model.layers")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -170,12 +179,57 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, float]:
 
 
 def _quantize_block(block: Tensor, scheme: Scheme) -> IntxUnpackedToInt8Tensor:
+    if scheme.scales == "hqq" and scheme.group_size:
+        qdata, scale = choose_scales_hqq(block, scheme.group_size)
+        return IntxUnpackedToInt8Tensor(
+            qdata=qdata,
+            scale=scale.to(torch.bfloat16),
+            zero_point=torch.zeros_like(scale, dtype=torch.int8),
+            target_dtype=torch.int4,
+            block_size=(1, scheme.group_size),
+            dtype=torch.float32,
+            activation_quantization="int8_asym_per_token",
+        )
     rows, columns = block.shape
     with torch.device("meta"):
         holder: nn.Module = nn.Embedding(rows, columns) if scheme.is_embedding else nn.Linear(columns, rows, bias=False)
     holder.weight = nn.Parameter(block, requires_grad=False)
     quantize_(holder, scheme.config, filter_fn=lambda module, _name: module is holder)
     return holder.weight
+
+
+def choose_scales_hqq(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """4-bit values and the scales that lower their squared error: half-quadratic quantization, scales only.
+
+    Rounding with the present scale and solving the least-squares problem for the scale take turns
+    (https://mobiusml.github.io/hqq_blog). The same as torchao's ``hqq_scale_only``, three times as fast on a CPU: one
+    buffer, and products summed as they are made.
+
+    Args:
+        weight: float32 [out, in].
+        group_size: divides ``in``.
+
+    Returns:
+        int8 [out, in] with values -8 .. 7, and float32 scales [out, in / group_size].
+    """
+    tiny = torch.finfo(torch.float32).eps
+    groups = weight.reshape(weight.shape[0], -1, group_size)
+    values = torch.empty_like(groups)
+
+    def round_by(scale: Tensor) -> Tensor:
+        return torch.mul(groups, scale.reciprocal().unsqueeze(-1), out=values).round_().clamp_(-8, 7)
+
+    scale = (torch.linalg.vector_norm(groups, math.inf, dim=-1) / 8).clamp_min(tiny)
+    for _ in range(HQQ_ITERATIONS):
+        round_by(scale)
+        products = torch.linalg.vecdot(groups, values)
+        squares = torch.linalg.vecdot(values, values)
+        better = torch.where(squares > 0, products / squares, scale).clamp_min(tiny)
+        change = ((better - scale).abs() / scale).max()
+        scale = better
+        if change < HQQ_TOLERANCE:
+            break
+    return round_by(scale).view(weight.shape).to(torch.int8), scale
 
 
 def _layer_report(name: str, weight: Tensor, scheme: Scheme, snr_db: float) -> LayerQuantization:
@@ -187,7 +241,7 @@ def _layer_report(name: str, weight: Tensor, scheme: Scheme, snr_db: float) -> L
 
 
 def kind_of(name: str) -> str:
-    """What the layers of one sort are called: ``language_model.layers.3.mlp.up_proj`` is a ``language_model mlp.up_proj``."""
+    """What layers of one sort are called, e.g. ``language_model mlp.up_proj``; others go by their own name."""
     for stack in STACKS:
         if name.startswith(stack + "."):
             part, (_, _, rest) = stack.partition(".")[0], name[len(stack) + 1 :].partition(".")
@@ -260,7 +314,7 @@ def meta_model(checkpoint: Checkpoint) -> MobileVLM:
 def quantize_checkpoint(
     checkpoint: Checkpoint, recipe: Recipe, spool: Spool, progress: Progress
 ) -> QuantizedCheckpoint:
-    """Quantizes a checkpoint tensor by tensor; never more than one is in memory as float32.
+    """Quantizes a checkpoint tensor by tensor; only those being worked on are in memory as float32, one per core.
 
     Raises:
         ExportError: a weight whose width no group size divides.
@@ -270,31 +324,48 @@ def quantize_checkpoint(
     schemes = schemes_of(model, recipe)
     stacks: dict[str, list[StackedLayer]] = {}
     reports = []
-    parameters = list(model.named_parameters())
-    total = sum(parameter.numel() for _, parameter in parameters)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    total = sum(shape.numel() for shape in shapes.values())
     done = 0
-    for name, parameter in parameters:
+
+    def work(name: str) -> tuple[Tensor | list[NamedData], LayerQuantization | None]:
         tensor = checkpoint.read(name)
         module_name = name.removesuffix(".weight")
         scheme = schemes.get(module_name) if name.endswith(".weight") else None
-        if scheme is not None:
-            tensor, snr_db = quantize_weight(tensor, scheme)
-            reports.append(_layer_report(module_name, tensor, scheme, snr_db))
+        if scheme is None:
+            return tensor, None
+        weight, snr_db = quantize_weight(tensor, scheme)
+        del tensor
+        report = _layer_report(module_name, weight, scheme, snr_db)
+        return_freed_memory()
+        return (spool_weight(weight, spool) if _place_in_stack(name) else weight), report
+
+    for name, (result, report) in zip(shapes, _map_on_all_cores(work, shapes), strict=True):
+        if report is not None:
+            reports.append(report)
         place = _place_in_stack(name)
         if place is None:
-            _set_parameter(model, name, tensor)
+            _set_parameter(model, name, result)
         else:
             stack, index, rest = place
             stacked = stacks.setdefault(stack, [])
             if index == len(stacked):
                 stacked.append(StackedLayer({}, {}))
-            if scheme is not None:
-                stacked[index].weights[rest] = spool_weight(tensor, spool)
-            else:
-                stacked[index].floats[rest] = tensor
-        done += parameter.numel()
+            (stacked[index].floats if report is None else stacked[index].weights)[rest] = result
+        done += shapes[name].numel()
         progress.share(done / total)
     return QuantizedCheckpoint(checkpoint, recipe, model, stacks, tuple(reports))
+
+
+def _map_on_all_cores(work: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
+    """``map``, a thread per core, each with torch's work on one tensor to itself: no core waits for another."""
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield from pool.map(work, names)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _place_in_stack(name: str) -> tuple[str, int, str] | None:

@@ -241,7 +241,7 @@ _SERIES = (
 _WIDTH, _HEIGHT = 760, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 14, 44
 #: Height of the strip above the axis for layers that are exact, whose SNR is infinite.
-_STRIP = 26
+_STRIP = 30
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d1f23; --muted: #5b6068; --line: #d9dce1; --back: #ffffff; --bar: #2a6fc9;
@@ -271,9 +271,9 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; }
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; color: var(--muted); white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.name { overflow-wrap: anywhere; }
-.bars { min-width: 8rem; width: 22%; }
-.bar { display: block; height: .7rem; margin-top: .4rem; background: var(--bar); border-radius: 0 3px 3px 0;
+.name { overflow-wrap: anywhere; min-width: 11rem; }
+th.number { text-align: right; }
+td .bar { display: block; height: .5rem; margin: .2rem 0; background: var(--bar); border-radius: 0 3px 3px 0;
   min-width: 2px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: 0; }
 dt { color: var(--muted); }
@@ -296,13 +296,13 @@ def _page(report: QuantizationReport) -> str:
 </head>
 <body>
 <h1>{title}</h1>
-<p>{len(report.layers):,} layers: {report.float32_bytes:,} bytes of float32 became {report.num_bytes:,} bytes,
-{_ratio(report.float32_bytes, report.num_bytes)} smaller.</p>
+<p>{len(report.layers):,} layers: {report.float32_bytes:,} bytes of float32 became {report.num_bytes:,},
+a compression of {_ratio(report.float32_bytes, report.num_bytes)}.</p>
 <h2>Signal-to-noise ratio of each layer</h2>
-<p class="muted">Of the weights after quantization against those before, in decibels: higher is better, and each 6 dB
-halve the error. Point at a mark to see which layer it is.</p>
+<p class="muted">Of the weights after quantization against those before, in decibels: higher is better, and 6 dB more are
+half the error. Point at a mark to see which layer it is.</p>
 {"".join(_plots(report.layers))}
-<h2>Bytes by kind of layer</h2>
+<h2>Bytes and signal-to-noise ratio by kind of layer</h2>
 {_kinds_table(report.kinds())}
 <h2>Lowest signal-to-noise ratios</h2>
 {_worst_table(report.worst(10))}
@@ -331,17 +331,15 @@ def _plots(layers: Iterable[LayerQuantization]) -> list[str]:
         else:
             stack = stacks.setdefault(".".join(parts[:number]), {})
             stack.setdefault(layer.kind, []).append((int(parts[number]), layer))
-    finite = [layer.snr_db for layer in layers if math.isfinite(layer.snr_db)]
-    scale = _Scale.of(finite, any(layer.snr_db == math.inf for layer in layers))
-    plots = [_stack_plot(index, name, series, scale) for index, (name, series) in enumerate(stacks.items())]
+    plots = [_stack_plot(index, name, series) for index, (name, series) in enumerate(stacks.items())]
     if alone:
-        plots.append(_alone_plot(len(plots), alone, scale))
+        plots.append(_alone_plot(len(plots), alone))
     return plots
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """The vertical axis, which all plots share.
+    """The vertical axis of a plot.
 
     Attributes:
         low: decibels at the bottom.
@@ -356,12 +354,13 @@ class _Scale:
     exact: bool
 
     @classmethod
-    def of(cls, decibels: Sequence[float], exact: bool) -> _Scale:
-        low, high = (min(decibels), max(decibels)) if decibels else (0.0, 10.0)
-        step = _round_step((high - low) / 5)
-        return cls(
-            math.floor(low / step) * step, max(math.ceil(high / step), math.floor(low / step) + 1) * step, step, exact
-        )
+    def of(cls, layers: Iterable[LayerQuantization]) -> _Scale:
+        """Just wide enough for the layers: 4-bit layers lie 20 dB below 8-bit ones, and 1 dB is worth seeing."""
+        decibels = [layer.snr_db for layer in layers]
+        finite = [value for value in decibels if math.isfinite(value)] or [0.0, 10.0]
+        step = max(0.5, _round_step((max(finite) - min(finite)) / 5))
+        low, high = math.floor(min(finite) / step), math.ceil(max(finite) / step)
+        return cls(low * step, max(high, low + 1) * step, step, math.inf in decibels)
 
     @property
     def top(self) -> float:
@@ -369,7 +368,7 @@ class _Scale:
 
     def y(self, decibels: float) -> float:
         if decibels == math.inf:
-            return _TOP + _STRIP / 2
+            return _TOP
         value = decibels if math.isfinite(decibels) else self.low
         return self.top + (self.high - value) / (self.high - self.low) * (_HEIGHT - _BOTTOM - self.top)
 
@@ -400,8 +399,9 @@ def _round_step(step: float) -> float:
     return next((factor * power for factor in (1, 2, 5) if factor * power >= step), 10 * power)
 
 
-def _stack_plot(plot: int, stack: str, series: dict[str, list[tuple[int, LayerQuantization]]], scale: _Scale) -> str:
+def _stack_plot(plot: int, stack: str, series: dict[str, list[tuple[int, LayerQuantization]]]) -> str:
     numbers = [number for points in series.values() for number, _ in points]
+    scale = _Scale.of(layer for points in series.values() for _, layer in points)
     first, last = min(numbers), max(numbers)
 
     def x(number: int) -> float:
@@ -436,9 +436,10 @@ def _stack_plot(plot: int, stack: str, series: dict[str, list[tuple[int, LayerQu
     )
 
 
-def _alone_plot(plot: int, layers: Sequence[LayerQuantization], scale: _Scale) -> str:
+def _alone_plot(plot: int, layers: Sequence[LayerQuantization]) -> str:
     """Layers that belong to no stack, side by side; the legend names them."""
     width = (_WIDTH - _LEFT - _RIGHT) / len(layers)
+    scale = _Scale.of(layers)
     body, legend = [scale.axis()], []
     for index, layer in enumerate(layers):
         x = _LEFT + (index + 0.5) * width
@@ -506,19 +507,20 @@ def _legend(entries: Iterable[tuple[int, str]]) -> str:
 def _kinds_table(kinds: Sequence[KindSummary]) -> str:
     largest = max((summary.num_bytes for summary in kinds), default=0) or 1
     rows = "\n".join(
-        f"<tr><td>{_escaped(summary.kind)}<br>"
-        f'<span class="muted">{summary.count:,} × {_escaped(" / ".join(summary.schemes))}</span></td>'
+        f'<tr><td class="name">{_escaped(summary.kind)}<br>'
+        f'<span class="muted">{summary.count:,} × {_escaped(" / ".join(summary.schemes))}</span>'
+        f'<span class="bar" style="width: {100 * summary.num_bytes / largest:.2f}%"></span></td>'
         f'<td class="number">{summary.num_bytes:,}<br>'
-        f'<span class="muted">{_ratio(summary.float32_bytes, summary.num_bytes)} smaller</span></td>'
-        f'<td class="bars"><span class="bar" style="width: {100 * summary.num_bytes / largest:.2f}%"></span></td>'
+        f'<span class="muted">{_share(summary.num_bytes, summary.float32_bytes)}</span></td>'
         f'<td class="number">{_decibels(summary.snr_db_min)}</td>'
         f'<td class="number">{_decibels(summary.snr_db_median)}</td>'
         f'<td class="number">{_decibels(summary.snr_db_max)}</td></tr>'
         for summary in kinds
     )
     return f"""<div class="scroll"><table>
-<thead><tr><th>kind</th><th class="number">bytes</th><th class="bars"></th><th class="number">SNR in dB, min</th>
-<th class="number">median</th><th class="number">max</th></tr></thead>
+<thead><tr><th rowspan="2">kind</th><th class="number">bytes</th><th class="number" colspan="3">SNR in dB</th></tr>
+<tr><th class="number">of float32</th><th class="number">min</th><th class="number">median</th>
+<th class="number">max</th></tr></thead>
 <tbody>
 {rows}
 </tbody></table></div>"""
@@ -528,12 +530,13 @@ def _worst_table(layers: Sequence[LayerQuantization]) -> str:
     if not layers:
         return "<p>All layers are exact.</p>"
     rows = "\n".join(
-        f'<tr><td class="number">{_decibels(layer.snr_db)} dB</td><td class="name">{_escaped(layer.name)}</td>'
-        f'<td>{_escaped(layer.scheme)}</td><td class="number">{" × ".join(map(str, layer.shape))}</td></tr>'
+        f'<tr><td class="number">{_decibels(layer.snr_db)} dB</td><td class="name">{_escaped(layer.name)}<br>'
+        f'<span class="muted">{_escaped(layer.scheme)}</span></td>'
+        f'<td class="number">{" × ".join(map(str, layer.shape))}</td></tr>'
         for layer in layers
     )
     return f"""<div class="scroll"><table>
-<thead><tr><th class="number">SNR</th><th>layer</th><th>scheme</th><th class="number">shape</th></tr></thead>
+<thead><tr><th class="number">SNR</th><th>layer</th><th class="number">shape</th></tr></thead>
 <tbody>
 {rows}
 </tbody></table></div>"""

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -56,25 +57,26 @@ class SpooledData(FileBackedData):
 
 
 class Spool:
-    """A temporary file without a name: it vanishes with the process, however that ends.
+    """A temporary file without a name: it vanishes with the process, however that ends. Threads may share it.
 
     Args:
         folder: on whose disk it lies.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by __exit__)
+        self._lock = threading.Lock()
         self.size = 0
 
     def add(self, data: bytes) -> SpooledData:
         """Appends ``data``; an error of the disk is an OSError."""
-        os.lseek(self._file.fileno(), self.size, os.SEEK_SET)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._file.fileno(), view) :]
-        stored = SpooledData(self._file, self.size, len(data), hashlib.sha256(data).digest())
-        self.size += len(data)
-        return stored
+        with self._lock:
+            offset = self.size
+            self.size += len(data)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file.fileno(), memoryview(data)[done:], offset + done)
+        return SpooledData(self._file, offset, len(data), hashlib.sha256(data).digest())
 
     def __enter__(self) -> Spool:
         return self
@@ -128,6 +130,4 @@ def keys_of(parts: list[bytes]) -> list[str]:
 def spool_weight(weight: Tensor, spool: Spool) -> list[NamedData]:
     """Writes a weight's parts to the spool."""
     stored = [spool.add(part) for part in packed_weight(weight)]
-    return [
-        NamedData(prefix + data.sha256().hex(), data) for prefix, data in zip(("", "scale_"), stored, strict=False)
-    ]
+    return [NamedData(prefix + data.sha256().hex(), data) for prefix, data in zip(("", "scale_"), stored, strict=False)]

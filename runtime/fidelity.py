@@ -17,7 +17,7 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from mvlm.export.checkpoint import LoadedCheckpoint
+from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.contract import Metadata
 from mvlm.export.errors import ExportError
 from mvlm.export.models import MobileVLM as EagerMobileVLM
@@ -216,8 +216,9 @@ def compare_free(expected: list[int], logits_LV: Tensor, actual: list[int], nois
 
 def check(
     program: PteProgram,
-    float32: LoadedCheckpoint,
-    quantized: LoadedCheckpoint,
+    checkpoint: Checkpoint,
+    float32: EagerMobileVLM,
+    quantized: EagerMobileVLM,
     recipe: Recipe,
     image: Image.Image | None,
     question: str,
@@ -228,8 +229,9 @@ def check(
 
     Args:
         program: the file.
-        float32: the checkpoint.
-        quantized: the same, quantized in place by ``recipe``.
+        checkpoint: that one.
+        float32: its model.
+        quantized: the same, quantized by ``recipe``.
         recipe: with which the file was made.
         image: any picture; not looked at, and may be None, where the checkpoint is a language model alone.
         question: about it.
@@ -239,9 +241,9 @@ def check(
     Returns:
         All rows, in the order of the stages.
     """
-    expected = describe(float32, recipe)
+    expected = describe(checkpoint, recipe)
     rows = compare_metadata(expected, program.metadata)
-    same_tokenizer = float32.tokenizer == program.tokenizer
+    same_tokenizer = checkpoint.tokenizer == program.tokenizer
     rows.append(
         Row(
             "tokenizer",
@@ -250,8 +252,8 @@ def check(
             note="" if same_tokenizer else "the bytes of tokenizer.model differ",
         )
     )
-    eager = EagerStages(float32.model, recipe.max_context_len)
-    reference = EagerStages(quantized.model, recipe.max_context_len)
+    eager = EagerStages(float32, recipe.max_context_len)
+    reference = EagerStages(quantized, recipe.max_context_len)
 
     # Where only one side takes pictures, metadata.image has failed above, and nothing further can be compared.
     if (expected.image is None) != (program.metadata.image is None):
@@ -275,7 +277,7 @@ def check(
     tables = [embed_vocabulary(s, expected.vocab_size, recipe.max_context_len) for s in (eager, reference, program)]
     rows += _three_sides("token embeddings", tables, thresholds.quantized_embedding, thresholds.pte_embedding)
 
-    tokenizer = SentencePieceProcessor(model_proto=float32.tokenizer)
+    tokenizer = SentencePieceProcessor(model_proto=checkpoint.tokenizer)
     pieces = prompt_ids(tokenizer, expected, prompt_text(expected, question, bool(picture_1TD), raw=False))
     parts = [tables[1][torch.tensor(piece)][None] for piece in pieces]
     prompt = torch.cat([parts[0], *picture_1TD, *parts[1:]], dim=1)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvlm.export import demo
+from mvlm.export.command_line import add_checkpoint_arguments, open_of
 from mvlm.export.progress import Progress, quiet_libraries
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "1: not, the failing rows are named; 2: the input cannot be tested.",
     )
     parser.add_argument("pte", type=Path, help="a file made by mvlm.export")
-    parser.add_argument("--model", metavar="DIR|ID", help="its checkpoint (default: the bundled demo checkpoint)")
-    parser.add_argument("--vision-tower", metavar="DIR|ID", help="CLIP checkpoint, as for mvlm.export")
+    add_checkpoint_arguments(parser)
     parser.add_argument(
         "--image", type=Path, help="any picture (default: the bundled one); none for a language model alone"
     )
@@ -41,7 +41,6 @@ def run(options: argparse.Namespace) -> list[Row]:
     # Late, so that --help and wrong flags answer at once.
     import torch
 
-    from mvlm.export.checkpoint import load
     from mvlm.export.quantize import quantize
     from mvlm.export.recipe import Recipe
     from mvlm.runtime.fidelity import Thresholds, check
@@ -50,9 +49,8 @@ def run(options: argparse.Namespace) -> list[Row]:
 
     progress = Progress(options.quiet)
     program = PteProgram(options.pte)
-    model = options.model or str(demo.CHECKPOINT)
-    if not options.model and program.metadata.model_name != demo.CHECKPOINT.name:
-        progress.say(f"no --model given: comparing with the bundled demo checkpoint, {model}")
+    if not (options.model or options.random_weights) and program.metadata.model_name != demo.CHECKPOINT.name:
+        progress.say(f"no --model given: comparing with the bundled demo checkpoint, {demo.CHECKPOINT}")
     image = None
     if program.metadata.image is not None or options.image:
         program.require_vision()
@@ -62,11 +60,11 @@ def run(options: argparse.Namespace) -> list[Row]:
     except ValueError as error:
         raise PteError(f"{options.pte}: its recipe cannot be read: {error}") from error
     with progress.stage("load checkpoint twice, quantize one"):
-        float32 = load(model, options.vision_tower)
-        quantized = load(model, options.vision_tower)
-        quantize(quantized.model, recipe)
+        checkpoint = open_of(options)
+        float32, quantized = checkpoint.load_model(), checkpoint.load_model()
+        quantize(quantized, recipe)
     with progress.stage("compare"), torch.no_grad():
-        return check(program, float32, quantized, recipe, image, options.prompt, Thresholds(), progress.say)
+        return check(program, checkpoint, float32, quantized, recipe, image, options.prompt, Thresholds(), progress.say)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,8 @@ from mvlm.export.errors import ExportError
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
-#: Bytes that are read through the map of one ``.bin`` before it is dropped and made anew.
+#: Bytes that are read through one map of a ``.bin`` at most, before it is dropped and made anew; a tensor that is
+#: larger is read through one of its own.
 REMAP_AFTER = 128 * 2**20
 
 #: Types of tensors that are weights, as torch names them.
@@ -141,8 +142,10 @@ class WeightFiles:
             index = self.folder / f"{file_name}.index.json"
             if index.exists():
                 weight_map = read_json(index).get("weight_map")
-                if not isinstance(weight_map, dict):
-                    raise ExportError(f"{index}: no 'weight_map' in it; the index of a sharded checkpoint has one")
+                if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                    raise ExportError(
+                        f"{index}: no 'weight_map' in it; the index of a sharded checkpoint has one, of names"
+                    )
                 shards = sorted(set(weight_map.values()))
                 missing = [shard for shard in shards if not (self.folder / shard).is_file()]
                 if missing:
@@ -178,13 +181,17 @@ class WeightFiles:
 
     def _read_from_bin(self, path: Path, name: str) -> Tensor:
         opened = self._open_bin(path)
+        if opened.is_mapped and opened.bytes_read and opened.bytes_read + opened.tensors[name].nbytes > REMAP_AFTER:
+            del opened
+            self._bin = None
+            opened = self._open_bin(path)
         tensor = opened.tensors[name]
         opened.bytes_read += tensor.nbytes
         return _copy(tensor)
 
     def _open_bin(self, path: Path) -> _OpenBin:
         opened = self._bin
-        if opened is None or opened.path != path or (opened.is_mapped and opened.bytes_read >= REMAP_AFTER):
+        if opened is None or opened.path != path:
             del opened
             self._bin = None  # first, so that two are never there at once
             self._bin = opened = _load_bin(path)

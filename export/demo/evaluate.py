@@ -152,11 +152,11 @@ def table(result: dict[str, Any]) -> str:
 
 def evaluate_checkpoint(folder: Path, questions: int, seed: int) -> tuple[dict[str, Any], list[Outcome]]:
     """The float32 model of a checkpoint folder: :func:`summary` with what was evaluated in front, and the outcomes."""
-    from mvlm.export import checkpoint
+    from mvlm.export.checkpoint import open_checkpoint
 
-    loaded = checkpoint.load(str(folder))
-    outcomes = list(ask(EagerModel(loaded.model, loaded.tokenizer), questions, seed))
-    head = {"model": "float32, eager", "checkpoint_id": loaded.checkpoint_id, "seed": seed}
+    checkpoint = open_checkpoint(str(folder))
+    outcomes = list(ask(EagerModel(checkpoint.load_model(), checkpoint.tokenizer), questions, seed))
+    head = {"model": "float32, eager", "checkpoint_id": checkpoint.checkpoint_id, "seed": seed}
     return head | summary(outcomes), outcomes
 
 

@@ -63,7 +63,7 @@ def test_a_bin_is_mapped_anew(tmp_path, monkeypatch):
     opened = []
     load = weight_files._load_bin
     monkeypatch.setattr(weight_files, "_load_bin", lambda path: opened.append(path) or load(path))
-    monkeypatch.setattr(weight_files, "REMAP_AFTER", 100)
+    monkeypatch.setattr(weight_files, "REMAP_AFTER", 160)
     tensors = {name: torch.randn(20) for name in "abcdef"}
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     files = WeightFiles(tmp_path)

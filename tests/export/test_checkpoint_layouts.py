@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -13,9 +14,7 @@ from random_checkpoint import (
     HF_NAMES,
     MOBILEVLM_1_7B,
     MOBILEVLM_3B,
-    PROJECTOR_PREFIX,
     VICUNA_7B,
-    VISION_PREFIX,
     WEIGHT_FORMS,
     RandomCheckpoint,
     Shapes,
@@ -116,6 +115,17 @@ def test_opening_reads_no_weights(tmp_path, monkeypatch):
     assert checkpoint.size == main.stat().st_size + tower.stat().st_size
 
 
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+def test_a_checkpoint_goes_to_another_process(form, tmp_path):
+    """Worker processes are handed the checkpoint and read for themselves."""
+    checkpoint = open_checkpoint(str(RandomCheckpoint.make().write(tmp_path, form)))
+    name = "language_model.norm.weight"
+    tensor = checkpoint.read(name)
+    data = pickle.dumps(checkpoint)
+    assert len(data) < len(checkpoint.tokenizer) + 20_000 < (tmp_path / form).stat().st_size  # without the weights
+    assert torch.equal(pickle.loads(data).read(name), tensor)
+
+
 # -- LLaVA, original --------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +148,7 @@ def test_templates():
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the human's questions. USER: {prompt} ASSISTANT:"
     )
-    assert MOBILEVLM_TEMPLATE == LLAVA_TEMPLATE.replace("human", "user")
+    assert LLAVA_TEMPLATE.replace("human", "user") == MOBILEVLM_TEMPLATE
     assert LLAVA_TEMPLATE.count(PROMPT_PLACEHOLDER) == 1
 
 
