@@ -56,7 +56,7 @@ def open_of(options: argparse.Namespace) -> Checkpoint:
     if options.random_weights is not None:
         return random_checkpoint(options.random_weights, options.seed or 0)
     if options.quiet:
-        import huggingface_hub
+        from huggingface_hub.utils import disable_progress_bars
 
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     return open_checkpoint(options.model or str(demo.CHECKPOINT), options.vision_tower, options.revision)

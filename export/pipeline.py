@@ -16,7 +16,7 @@ from mvlm.export.package import constant_methods, describe, write_pte
 from mvlm.export.progress import Progress
 from mvlm.export.quantize import meta_model, quantize_checkpoint, schemes_of, smaller_groups
 from mvlm.export.recipe import Recipe
-from mvlm.export.report import QuantizationReport, write_report
+from mvlm.export.report import QuantizationReport, check_report_path, write_report
 from mvlm.export.spool import Spool
 
 
@@ -64,7 +64,7 @@ def export_checkpoint(
     progress = progress or Progress(quiet=True)
     check_writable(path)
     if report_path is not None:
-        check_writable(report_path)
+        check_report_path(report_path)
     _check_context_len(checkpoint, recipe)
     estimated = preflight.estimate(checkpoint, recipe)
     progress.say(f"{checkpoint.name}, recipe {recipe.name}: {estimated}")

@@ -299,8 +299,8 @@ def _page(report: QuantizationReport) -> str:
 <p>{len(report.layers):,} layers: {report.float32_bytes:,} bytes of float32 became {report.num_bytes:,},
 a compression of {_ratio(report.float32_bytes, report.num_bytes)}.</p>
 <h2>Signal-to-noise ratio of each layer</h2>
-<p class="muted">Of the weights after quantization against those before, in decibels: higher is better, and 6 dB more are
-half the error. Point at a mark to see which layer it is.</p>
+<p class="muted">Of the weights after quantization against those before, in decibels: higher is better, and 6 dB more
+are half the error. Point at a mark to see which layer it is.</p>
 {"".join(_plots(report.layers))}
 <h2>Bytes and signal-to-noise ratio by kind of layer</h2>
 {_kinds_table(report.kinds())}

@@ -19,10 +19,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves tests marked ``large`` out unless ``-m`` was given."""
     if config.getoption("-m"):
         return
-    large = [item for item in items if "large" in item.keywords]
+    large = [item for item in items if item.get_closest_marker("large")]
     if large:
         config.hook.pytest_deselected(items=large)
-        items[:] = [item for item in items if "large" not in item.keywords]
+        items[:] = [item for item in items if not item.get_closest_marker("large")]
 
 
 @pytest.fixture(scope="session")

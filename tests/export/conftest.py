@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from random_checkpoint import RandomCheckpoint, Sizes
 
-from mvlm.export.capture import capture_text_decoder, capture_token_embedding, capture_vision_encoder
-from mvlm.export.checkpoint import LoadedCheckpoint, load
-from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
+from mvlm.export.capture import CapturedMethod, capture
+from mvlm.export.checkpoint import Checkpoint, open_checkpoint
 from mvlm.export.lower import Lowered, lower
-from mvlm.export.quantize import quantize
+from mvlm.export.models import MobileVLM
+from mvlm.export.progress import Progress
+from mvlm.export.quantize import QuantizedCheckpoint, quantize, quantize_checkpoint
 from mvlm.export.recipe import Recipe
+from mvlm.export.spool import Spool
 
 
 @pytest.fixture(scope="session")
@@ -21,27 +25,36 @@ def small_recipe() -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe) -> LoadedCheckpoint:
-    """A random checkpoint with the cheapest projector, quantized; tests must not change it."""
-    checkpoint = load(str(RandomCheckpoint.make(Sizes(projector="linear")).write(tmp_path_factory.mktemp("quantized"))))
-    quantize(checkpoint.model, small_recipe)
-    return checkpoint
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Random, with the cheapest projector, and two layers in each stack."""
+    sizes = Sizes(projector="linear", num_hidden_layers=2, vision_num_hidden_layers=3)
+    return open_checkpoint(str(RandomCheckpoint.make(sizes).write(tmp_path_factory.mktemp("small"))))
 
 
 @pytest.fixture(scope="session")
-def lowered_vision(quantized: LoadedCheckpoint, small_recipe: Recipe) -> Lowered:
-    """``vision_encoder`` and ``token_embedding``. A lowered program can be made into a .pte once."""
+def small_quantized_model(small_checkpoint: Checkpoint, small_recipe: Recipe) -> MobileVLM:
+    """The whole model, quantized in memory; tests must not change it."""
+    model = small_checkpoint.load_model()
     with torch.no_grad():
-        methods = {
-            VISION_ENCODER: capture_vision_encoder(quantized.model),
-            TOKEN_EMBEDDING: capture_token_embedding(quantized.model, small_recipe.max_context_len),
-        }
-    return lower(methods, {})
+        quantize(model, small_recipe)
+    return model
 
 
 @pytest.fixture(scope="session")
-def lowered_text(quantized: LoadedCheckpoint, small_recipe: Recipe) -> Lowered:
-    """``text_decoder`` alone."""
-    with torch.no_grad():
-        methods = {TEXT_DECODER: capture_text_decoder(quantized.model, small_recipe.max_context_len)}
-    return lower(methods, {})
+def small_quantized(
+    small_checkpoint: Checkpoint, small_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[QuantizedCheckpoint]:
+    """The same, quantized tensor by tensor."""
+    with Spool(tmp_path_factory.mktemp("spool")) as spool:
+        yield quantize_checkpoint(small_checkpoint, small_recipe, spool, Progress(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def captured(small_quantized: QuantizedCheckpoint) -> tuple[CapturedMethod, ...]:
+    return capture(small_quantized)
+
+
+@pytest.fixture(scope="session")
+def lowered(captured: tuple[CapturedMethod, ...]) -> Lowered:
+    """All methods. A lowered program can be made into a .pte once."""
+    return lower(captured, Progress(quiet=True))

@@ -84,6 +84,20 @@ def test_revision_of_a_folder(tmp_path):
     )
 
 
+def test_without_network_only_the_cache_is_asked(tmp_path, monkeypatch):
+    """Not the network again, with the client's long waits, and not for a .bin that a safetensors download lacks."""
+    fake = FakeHub(monkeypatch, write_v2(tmp_path), [])
+
+    def model_info(name: str, revision: str | None = None) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    open_checkpoint("someone/Model-1B")
+    [download] = fake.downloads
+    assert download["local_files_only"] is True
+    assert download["allow_patterns"] == ["*.json", "tokenizer.model", "model*.safetensors"]
+
+
 def test_what_the_hub_says_is_passed_on(monkeypatch):
     def model_info(name: str, revision: str | None = None) -> None:
         raise OSError("404: there is no such thing\nand more")

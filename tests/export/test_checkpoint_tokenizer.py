@@ -168,7 +168,7 @@ def test_filler(vocab_size):
     filled = with_filler(DEMO.read_bytes(), vocab_size)
     ours, plain = (SentencePieceProcessor(model_proto=model) for model in (filled, DEMO.read_bytes()))
     assert ours.get_piece_size() == vocab_size
-    for text in (TEXT, "a <s> </s>", " ".join(map(str, range(99))), Path(demo.__file__).read_text()):
+    for text in (TEXT, "a <s> </s>", "⟨518⟩ is ⟨1234⟩", " ".join(map(str, range(99))), Path(demo.__file__).read_text()):
         assert ours.encode(text) == plain.encode(text)
     assert all(ours.decode([token]) for token in (300, vocab_size - 1))
     assert ours.decode(list(range(vocab_size)))

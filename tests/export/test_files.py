@@ -17,12 +17,13 @@ import torch
 
 from mvlm.export import pipeline
 from mvlm.export.__main__ import main
-from mvlm.export.capture import capture_token_embedding
+from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.contract import CONSTANT_METHODS, TOKEN_EMBEDDING, TOKENIZER, Metadata
 from mvlm.export.errors import ExportError
 from mvlm.export.files import atomic_write, check_writable
 from mvlm.export.lower import Lowered, lower
 from mvlm.export.package import constant_methods, describe, write_artifacts, write_pte
+from mvlm.export.progress import Progress
 
 #: More than ExecuTorch's own temporary files here, less than the .pte with its padded tokenizer.
 DISK_SIZE = 100_000
@@ -139,21 +140,26 @@ def test_not_writable(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def metadata(quantized, small_recipe) -> Metadata:
-    return describe(quantized, small_recipe)
+def metadata(small_checkpoint, small_recipe) -> Metadata:
+    return describe(small_checkpoint, small_recipe)
 
 
 @pytest.fixture
-def lowered(quantized, metadata, small_recipe) -> Lowered:
-    """``token_embedding`` alone, which is quickly lowered, and a tokenizer that makes the file larger than the disk."""
-    with torch.no_grad():
-        methods = {TOKEN_EMBEDDING: capture_token_embedding(quantized.model, small_recipe.max_context_len)}
-    return lower(methods, constant_methods(metadata, bytes(2 * DISK_SIZE)))
+def embedding_alone(captured) -> Lowered:
+    """``token_embedding``, which is quickly lowered."""
+    methods = [method for method in captured if method.name == TOKEN_EMBEDDING]
+    return lower(methods, Progress(quiet=True))
 
 
-def test_metadata(quantized, small_recipe, metadata):
-    assert metadata.model_name == quantized.name
-    assert metadata.checkpoint_id == quantized.checkpoint_id
+@pytest.fixture
+def constants(metadata) -> dict[str, object]:
+    """A tokenizer among them that makes the file larger than the disk."""
+    return constant_methods(metadata, bytes(2 * DISK_SIZE))
+
+
+def test_metadata(small_checkpoint, small_recipe, metadata):
+    assert metadata.model_name == small_checkpoint.name
+    assert metadata.checkpoint_id == small_checkpoint.checkpoint_id
     assert metadata.recipe == small_recipe.to_json()
     assert metadata.max_context_len == small_recipe.max_context_len
     assert metadata.vocab_size == 96
@@ -189,23 +195,23 @@ def test_tokenizer_travels_as_bytes(metadata):
     assert bytes(tokenizer.tolist()) == data
 
 
-def test_pte_is_written(lowered, tmp_path):
+def test_pte_is_written(embedding_alone, constants, tmp_path):
     path = tmp_path / "x.pte"
-    assert write_pte(lowered, path) == path.stat().st_size > 2 * DISK_SIZE
+    assert write_pte(embedding_alone, constants, path) == path.stat().st_size > 2 * DISK_SIZE
     assert list(tmp_path.iterdir()) == [path]
     data = path.read_bytes()
     assert data[4:8] == b"ET12", "the magic of an ExecuTorch program"
     assert b"quantized_decomposed::embedding_byte" in data, "the look-up and the dequantization are one operator"
 
 
-def test_full_disk_while_exporting(lowered, tmp_path, monkeypatch, capsys):
+def test_full_disk_while_exporting(embedding_alone, constants, tmp_path, monkeypatch, capsys):
     """All of the writing is real; only the stages before it are left out."""
     path = tmp_path / "x.pte"
     path.write_bytes(b"the old file")
 
-    def export_checkpoint(model: str, path: Path, *_: object) -> None:
+    def export_checkpoint(checkpoint: Checkpoint, path: Path, *_: object) -> None:
         with full_disk():
-            write_pte(lowered, path)
+            write_pte(embedding_alone, constants, path)
 
     monkeypatch.setattr(pipeline, "export_checkpoint", export_checkpoint)
     assert main(["--pte-name", str(path), "--quiet"]) == 1

@@ -10,51 +10,61 @@ import executorch.backends.xnnpack._passes as xnnpack_passes
 import pytest
 import torch
 from executorch.backends.xnnpack._passes import XNNPACKPassManager
-from executorch.exir import ExecutorchBackendConfig
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir.backend.partitioner import PartitionResult
+from executorch.exir.delegate import executorch_call_delegate
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 from mvlm.export import lower as lowering
-from mvlm.export.capture import capture_text_decoder
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from mvlm.export.errors import ExportError
-from mvlm.export.lower import MethodDelegation, delegation_table, lower, skipping_idle_passes
+from mvlm.export.lower import MethodDelegation, delegation_table, lower_program, skipping_idle_passes
 
+LAYERS = 2
 LINEARS_OF_A_LAYER = 7
 LINEARS_OF_A_BLOCK = 6
 LINEAR_PROJECTOR = 1
 LM_HEAD = 1
 
 
-def test_all_linears_of_the_text_decoder_are_delegated(lowered_text):
-    [text] = lowered_text.delegation
+def test_all_linears_of_the_text_decoder_are_delegated(lowered):
+    text = lowered.delegation[-1]
     assert text.method == TEXT_DECODER
-    assert text.quantized_linears == LINEARS_OF_A_LAYER + LM_HEAD
+    assert text.quantized_linears == LAYERS * LINEARS_OF_A_LAYER + LM_HEAD
     assert 1 <= text.quantized <= text.quantized_linears
     assert text.float32 >= 1
     assert text.float32_operators >= text.float32
-    assert text.left["mvlm.sdpa_with_kv_cache"] == 1
+    assert text.left["mvlm.sdpa_with_kv_cache"] == LAYERS
     assert not any("linear" in name or "mm" in name or "quantize" in name for name in text.left)
 
 
-def test_all_linears_of_the_vision_encoder_are_delegated(lowered_vision):
-    vision, embedding = lowered_vision.delegation
+def test_all_linears_of_the_vision_encoder_are_delegated(lowered):
+    vision, embedding, _ = lowered.delegation
     assert vision.method == VISION_ENCODER
-    assert vision.quantized_linears == LINEARS_OF_A_BLOCK + LINEAR_PROJECTOR
+    assert vision.quantized_linears == LAYERS * LINEARS_OF_A_BLOCK + LINEAR_PROJECTOR
     assert vision.float32 >= 1
     assert not {"aten.convolution", "aten.bmm", "aten._softmax"} & set(vision.left)
     assert not any("quantize" in name for name in vision.left)
 
     assert embedding.method == TOKEN_EMBEDDING
     assert (embedding.quantized, embedding.quantized_linears, embedding.float32) == (0, 0, 0)
-    assert embedding.left["aten.embedding"] == 1
+    assert embedding.left == {"quantized_decomposed.embedding_byte": 1}
 
 
-def test_table_of_what_was_taken(lowered_vision, lowered_text):
-    delegation = (*lowered_vision.delegation, *lowered_text.delegation)
+def test_what_is_counted_is_what_is_there(lowered):
+    """The sums over pieces and layers, against the assembled programs."""
+    for method in lowered.delegation:
+        nodes = list(lowered.programs[method.method].graph.nodes)
+        calls = [node for node in nodes if node.target is executorch_call_delegate]
+        assert len(calls) == method.quantized + method.float32
+        assert lowering._operators_left(nodes) == method.left
+
+
+def test_table_of_what_was_taken(lowered):
+    delegation = lowered.delegation
     lines = delegation_table(delegation).splitlines()
     assert lines[0].split("  ")[0] == "method"
     assert len({len(line) for line in lines[:4]}) == 1, "the columns are aligned"
@@ -69,7 +79,7 @@ def test_table_of_what_was_taken(lowered_vision, lowered_text):
             sum(method.left.values()),
         ]
     assert [line.split(":")[0] for line in lines[4:]] == [f"left in {method.method}" for method in delegation]
-    assert "1 mvlm.sdpa_with_kv_cache" in lines[-1]
+    assert "2 mvlm.sdpa_with_kv_cache" in lines[-1]
 
 
 def test_table_of_methods_that_are_delegated_whole():
@@ -112,18 +122,19 @@ def test_linears_that_xnnpack_refuses_are_noticed(quantized, monkeypatch):
 
     monkeypatch.setattr(lowering.XnnpackPartitioner, "partition", refuse)
     with pytest.raises(ExportError, match=r"outside the delegates stayed .*text_decoder: 1 x ") as caught:
-        lower({TEXT_DECODER: program}, {})
+        lower_program(TEXT_DECODER, program)
     assert ("torchao." in str(caught.value)) == quantized
 
 
 # -- quick lowering ---------------------------------------------------------------------------------------------------
 
 
-def serialized(lowered: lowering.Lowered) -> bytes:
-    return lowered.edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True)).buffer
+def serialized(method: str, program: ExportedProgram) -> bytes:
+    edge = EdgeProgramManager({method: program}, {}, lowering.EDGE_COMPILE_CONFIG)
+    return edge.to_executorch(ExecutorchBackendConfig()).buffer
 
 
-def lower_slowly(methods: dict[str, ExportedProgram]) -> lowering.Lowered:
+def lower_slowly(method: str, program: ExportedProgram) -> tuple[ExportedProgram, MethodDelegation]:
     """As ExecuTorch does it: with all its passes, and deciding about every call by itself."""
 
     def untuned(self: lowering._CountsWhatItTakes, exported_program: ExportedProgram):
@@ -133,17 +144,17 @@ def lower_slowly(methods: dict[str, ExportedProgram]) -> lowering.Lowered:
         mock.patch.object(lowering, "skipping_idle_passes", nullcontext),
         mock.patch.object(lowering._CountsWhatItTakes, "ops_to_not_decompose", untuned),
     ):
-        return lower(methods, {})
+        return lower_program(method, program)
 
 
 @pytest.mark.filterwarnings("ignore:Mutation on a buffer")  # the KV cache; it is meant
-def test_quick_lowering_gives_the_program_of_slow_lowering(quantized, lowered_text, small_recipe):
+def test_quick_lowering_gives_the_program_of_slow_lowering(captured):
     """Byte for byte."""
-    with torch.no_grad():
-        program = capture_text_decoder(quantized.model, small_recipe.max_context_len)
-    slow = lower_slowly({TEXT_DECODER: program})
-    assert slow.delegation == lowered_text.delegation
-    assert serialized(slow) == serialized(lowered_text)
+    [program] = [piece.program for piece in captured[-1].pieces if piece.layers]
+    quick, delegation = lower_program(TEXT_DECODER, program)
+    slow, slow_delegation = lower_slowly(TEXT_DECODER, program)
+    assert slow_delegation == delegation
+    assert serialized(TEXT_DECODER, slow) == serialized(TEXT_DECODER, quick)
 
 
 class WorkForPasses(nn.Module):
@@ -161,8 +172,9 @@ class WorkForPasses(nn.Module):
 
 def test_quick_lowering_where_passes_have_work():
     program = torch.export.export(WorkForPasses().eval().requires_grad_(False), (torch.zeros(1, 2, 8),))
-    quick = serialized(lower({VISION_ENCODER: program}, {}))
-    assert quick == serialized(lower_slowly({VISION_ENCODER: program}))
+    quick, _ = lower_program(VISION_ENCODER, program)
+    slow, _ = lower_slowly(VISION_ENCODER, program)
+    assert serialized(VISION_ENCODER, quick) == serialized(VISION_ENCODER, slow)
 
 
 def test_only_passes_without_work_are_skipped(monkeypatch):

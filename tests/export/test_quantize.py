@@ -10,14 +10,26 @@ import pytest
 import torch
 from random_checkpoint import RandomCheckpoint, Sizes
 from torch import Tensor, nn
-from torchao.quantization import IntxUnpackedToInt8Tensor
+from torchao.quantization import IntxUnpackedToInt8Tensor, quantize_
 
-from mvlm.export.checkpoint import LoadedCheckpoint, load
+from mvlm.export import quantize as quantizing
+from mvlm.export.checkpoint import Checkpoint, open_checkpoint
 from mvlm.export.errors import ExportError
 from mvlm.export.models import MobileVLM
-from mvlm.export.pipeline import quantize_checkpoint
-from mvlm.export.quantize import QuantizationReport, fitting_group_size, quantize
+from mvlm.export.progress import Progress
+from mvlm.export.quantize import (
+    Scheme,
+    choose_scales_hqq,
+    fitting_group_size,
+    quantize,
+    quantize_checkpoint,
+    quantize_weight,
+    schemes_of,
+    smaller_groups,
+)
 from mvlm.export.recipe import Recipe
+from mvlm.export.report import LayerQuantization
+from mvlm.export.spool import Spool, SpooledData, packed_weight
 
 # 352 = 11 * 32: down_proj cannot have groups of 128.
 SIZES = Sizes(
@@ -39,15 +51,20 @@ def _no_gradients() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> LoadedCheckpoint:
-    """In float32; tests quantize copies of its model."""
-    return load(str(RandomCheckpoint.make(SIZES).write(tmp_path_factory.mktemp("checkpoint"))))
+def checkpoint(tmp_path_factory) -> Checkpoint:
+    return open_checkpoint(str(RandomCheckpoint.make(SIZES).write(tmp_path_factory.mktemp("checkpoint"))))
 
 
 @pytest.fixture(scope="module")
-def quantized(checkpoint) -> tuple[MobileVLM, QuantizationReport]:
-    model = copy.deepcopy(checkpoint.model)
-    return model, quantize(model, Recipe())
+def float32(checkpoint) -> MobileVLM:
+    """Tests quantize copies of it."""
+    return checkpoint.load_model()
+
+
+@pytest.fixture(scope="module")
+def quantized(float32) -> tuple[MobileVLM, dict[str, LayerQuantization]]:
+    model = copy.deepcopy(float32)
+    return model, {layer.name: layer for layer in quantize(model, Recipe())}
 
 
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
@@ -87,7 +104,7 @@ def test_no_group_size_fits(in_features):
 
 def test_model_whose_width_fits_no_group(tmp_path):
     sizes = Sizes(intermediate_size=80)
-    model = load(str(RandomCheckpoint.make(sizes).write(tmp_path))).model
+    model = open_checkpoint(str(RandomCheckpoint.make(sizes).write(tmp_path))).load_model()
     with pytest.raises(ExportError, match=r"language_model\.layers\.0\.mlp\.down_proj: its input width 80"):
         quantize(model, Recipe())
     assert not any(isinstance(p, IntxUnpackedToInt8Tensor) for p in model.parameters()), "it is left as it was"
@@ -97,7 +114,7 @@ def test_language_linears_have_4_bits(quantized):
     model, report = quantized
     found = linears(model.language_model)
     assert len(found) == LANGUAGE_LINEARS
-    assert {f"language_model.{name}" for name in found} == set(report.group_sizes)
+    assert {f"language_model.{name}" for name in found} < set(report)
     for name, linear in found.items():
         weight = linear.weight
         group_size = 32 if name.endswith("down_proj") else 128
@@ -110,7 +127,7 @@ def test_language_linears_have_4_bits(quantized):
         assert weight.scale.shape == (linear.out_features, linear.in_features // group_size)
         assert not weight.zero_point.any()
         assert weight.activation_quantization == "int8_asym_per_token"
-        assert report.group_sizes[f"language_model.{name}"] == group_size
+        assert report[f"language_model.{name}"].scheme == f"int4, groups of {group_size}, hqq"
 
 
 def test_scales_are_what_xnnpack_stores(quantized):
@@ -131,7 +148,7 @@ def test_vision_linears_have_8_bits(quantized):
         for name, linear in linears(getattr(model, part)).items()
     }
     assert len(found) == VISION_LINEARS
-    assert set(found) == set(report.int8_linears)
+    assert set(found) == {name for name in report if not name.startswith("language_model")}
     for linear in found.values():
         weight = linear.weight
         assert isinstance(weight, IntxUnpackedToInt8Tensor)
@@ -166,29 +183,25 @@ def test_all_else_stays_float32(quantized):
         assert parameter.dtype == torch.float32
 
 
-def test_report_of_smaller_groups(checkpoint, quantized):
-    assert quantized[1].smaller_groups(Recipe()) == {32: ["mlp.down_proj"]}
-
-    said: list[str] = []
-    copied = copy.copy(checkpoint)
-    object.__setattr__(copied, "model", copy.deepcopy(checkpoint.model))
-    quantize_checkpoint(copied, Recipe(group_size=256), said.append)
-    assert said == [
-        "  group size 32 instead of 256 for mlp.down_proj: their width wants it",
-    ]
+def test_smaller_groups(float32):
+    assert smaller_groups(schemes_of(float32, Recipe()), Recipe()) == {32: ["mlp.down_proj"]}
+    recipe = Recipe(group_size=32)
+    assert smaller_groups(schemes_of(float32, recipe), recipe) == {}
+    recipe = Recipe(group_size=64, embedding_bits=4)
+    assert smaller_groups(schemes_of(float32, recipe), recipe) == {32: ["mlp.down_proj"]}, "not the embedding"
 
 
 @pytest.mark.parametrize("projector", ["linear", "ldpnetv2", "mlp2x_gelu"])
 def test_other_projectors(projector, tmp_path):
-    model = load(str(RandomCheckpoint.make(Sizes(projector=projector)).write(tmp_path))).model
-    report = quantize(model, Recipe())
+    model = open_checkpoint(str(RandomCheckpoint.make(Sizes(projector=projector)).write(tmp_path))).load_model()
+    layers = quantize(model, Recipe())
     count = 1 if projector == "linear" else 2
-    assert sum(name.startswith("mm_projector") for name in report.int8_linears) == count
+    assert sum(layer.name.startswith("mm_projector") for layer in layers) == count
     assert all(isinstance(child.weight, IntxUnpackedToInt8Tensor) for child in linears(model).values())
 
 
-def test_how_close_it_stays(checkpoint, quantized):
-    before, after = checkpoint.model, quantized[0]
+def test_how_close_it_stays(float32, quantized):
+    before, after = float32, quantized[0]
     ours, theirs = linears(before), linears(after)
     for name, linear in ours.items():
         least = 15 if name.startswith("language_model") else 30
@@ -204,16 +217,151 @@ def test_how_close_it_stays(checkpoint, quantized):
     assert snr_db(before(embeddings), after(embeddings)) >= 10
 
 
-def test_hqq_lowers_the_weight_error(checkpoint, quantized):
-    model = copy.deepcopy(checkpoint.model)
+def test_hqq_lowers_the_weight_error(float32, quantized):
+    model = copy.deepcopy(float32)
     quantize(model, Recipe(scales="affine"))
 
     def error(quantized_model: MobileVLM) -> float:
         pairs = zip(
-            linears(checkpoint.model.language_model).values(),
+            linears(float32.language_model).values(),
             linears(quantized_model.language_model).values(),
             strict=True,
         )
         return sum((a.weight - b.weight.dequantize()).square().sum().item() for a, b in pairs)
 
     assert error(quantized[0]) < error(model)
+
+
+# -- against torchao --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("scales", ["affine", "hqq"])
+def test_four_bits_are_torchaos(scales, group_size, monkeypatch):
+    """In blocks and with our own search for scales, the same as torchao's ``quantize_`` on the whole matrix."""
+    monkeypatch.setattr(quantizing, "BLOCK_ELEMENTS", 1000)
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[3] = 0
+    weight[4, 100] = 5
+    scheme = Scheme(4, group_size, scales)
+    ours, snr = quantize_weight(weight, scheme)
+    linear = nn.Linear(256, 96, bias=False)
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    quantize_(linear, scheme.config)
+    theirs = linear.weight
+    for attribute in theirs.tensor_attribute_names:
+        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+    assert ours.scale.dtype == theirs.scale.dtype
+    assert torch.equal(ours.zero_point, theirs.zero_point)
+    # A block stops searching when its own scales stand still, the matrix when all do.
+    assert (ours.qdata != theirs.qdata).float().mean() < 0.01
+    assert abs(snr_db(weight, ours.dequantize()) - snr_db(weight, theirs.dequantize())) < 0.01
+    if scales == "affine":
+        assert torch.equal(ours.scale, theirs.scale)
+    assert snr == pytest.approx(snr_db(weight, ours.dequantize()), abs=1e-3)
+
+
+def test_eight_bits_are_torchaos():
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
+    for scheme, holder in (
+        (Scheme(8), nn.Linear(256, 96, bias=False)),
+        (Scheme(8, is_embedding=True), nn.Embedding(96, 256)),
+        (Scheme(4, 32, is_embedding=True), nn.Embedding(96, 256)),
+    ):
+        holder.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        quantize_(holder, scheme.config, filter_fn=lambda *_: True)
+        ours, _ = quantize_weight(weight, scheme)
+        assert torch.equal(ours.qdata, holder.weight.qdata)
+        assert torch.equal(ours.scale, holder.weight.scale)
+
+
+def test_hqq_stops_where_nothing_changes():
+    """Weights that are multiples of a scale are found exactly."""
+    values = torch.randint(-8, 8, (4, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    values[:, ::32] = -8  # the largest, from which the search begins
+    found, scale = choose_scales_hqq(values * 0.25, 32)
+    assert torch.equal(found, values)
+    assert torch.equal(scale, torch.full((4, 2), 0.25))
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "scheme"),
+    [
+        (Recipe(group_size=32), "language_model.layers.0.mlp.up_proj", "int4, groups of 32, hqq"),
+        (Recipe(scales="affine"), "language_model.layers.0.mlp.up_proj", "int4, groups of 128, affine"),
+        (Recipe(group_size=256), "language_model.layers.0.mlp.down_proj", "int4, groups of 32, hqq"),
+        (Recipe(), "language_model.lm_head", "int4, groups of 128, hqq"),
+        (Recipe(lm_head_bits=8), "language_model.lm_head", "int8, one scale per output channel"),
+        (Recipe(), "language_model.embed_tokens", "int8, one scale per row"),
+        (Recipe(embedding_bits=4), "language_model.embed_tokens", "int4, groups of 32, affine"),
+        (Recipe(embedding_bits=32), "language_model.embed_tokens", "float32"),
+        (Recipe(), "vision_tower.encoder.layers.0.mlp.fc1", "int8, one scale per output channel"),
+        (Recipe(vision="int4"), "vision_tower.encoder.layers.0.mlp.fc1", "int4, groups of 128, hqq"),
+        (Recipe(vision="int4"), "mm_projector.mlp.0", "int4, groups of 128, hqq"),
+        (Recipe(vision="fp32"), "mm_projector.mlp.0", "float32"),
+    ],
+)
+def test_schemes(recipe, name, scheme, float32):
+    assert str(schemes_of(float32, recipe)[name]) == scheme
+
+
+def test_float32_is_left_alone():
+    weight = torch.randn(4, 64)
+    same, snr = quantize_weight(weight, Scheme(32))
+    assert same is weight
+    assert snr == math.inf
+
+
+# -- tensor by tensor -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(vision="fp32", lm_head_bits=8, embedding_bits=32)])
+def test_tensor_by_tensor_is_the_same(recipe, checkpoint, float32, tmp_path):
+    """What is exported is what the quantized eager model computes with, byte for byte."""
+    model = copy.deepcopy(float32)
+    report = quantize(model, recipe)
+    with Spool(tmp_path) as spool:
+        result = quantize_checkpoint(checkpoint, recipe, spool, Progress(quiet=True))
+        assert {layer.name: layer for layer in result.layers} == {layer.name: layer for layer in report}
+        expected = dict(model.named_parameters())
+        stored = 0
+        for stack, layers in result.stacks.items():
+            assert len(layers) == len(model.get_submodule(stack))
+            for index, layer in enumerate(layers):
+                for name, tensor in layer.floats.items():
+                    assert torch.equal(tensor, expected.pop(f"{stack}.{index}.{name}"))
+                for name, parts in layer.weights.items():
+                    weight = expected.pop(f"{stack}.{index}.{name}")
+                    assert all(isinstance(part.data, SpooledData) for part in parts)
+                    assert [part.data.to_bytes() for part in parts] == packed_weight(weight)
+                    stored += sum(len(part.data) for part in parts)
+        assert spool.size == stored > 0
+        for name, weight in expected.items():
+            other = result.model.get_parameter(name)
+            assert packed_weight(other) == packed_weight(weight), name
+        left = {name for name, parameter in result.model.named_parameters() if parameter.is_meta}
+        assert all(name.startswith(quantizing.STACKS) for name in left)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_in_the_report(quantized):
+    """Two weights to a byte and two bytes per scale; or a byte and four per row."""
+    _, report = quantized
+    assert report["language_model.layers.0.mlp.up_proj"].num_bytes == 352 * 256 // 2 + 352 * 2 * 2
+    assert report["language_model.embed_tokens"].num_bytes == SIZES.vocab_size * 256 + SIZES.vocab_size * 4
+    for name, layer in report.items():
+        if name != "language_model.embed_tokens":
+            weight = quantized[0].get_submodule(name).weight
+            assert layer.num_bytes == sum(map(len, packed_weight(weight))), name
+
+
+def test_full_disk_while_quantizing(checkpoint, tmp_path, monkeypatch):
+    def fail(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", fail)
+    with Spool(tmp_path) as spool, pytest.raises(OSError, match="No space left"):
+        quantize_checkpoint(checkpoint, Recipe(), spool, Progress(quiet=True))

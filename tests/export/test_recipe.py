@@ -12,14 +12,25 @@ from mvlm.export.recipe import RECIPES, SCALE_ALGORITHMS, Recipe, mobile
 
 
 def test_the_default_recipe():
-    assert mobile() == Recipe("mobile", 128, "hqq", 768)
+    assert mobile() == Recipe("mobile", 128, "hqq", 4, 8, "int8", 768)
     assert all(make().name == name for name, make in RECIPES.items())
 
 
-@pytest.mark.parametrize("group_size", [48, 96, 16, 1, 0, -32])
-def test_impossible_group_size(group_size):
-    with pytest.raises(ExportError, match=rf"group size {group_size} is not possible: .*powers of two from 32"):
-        Recipe(group_size=group_size)
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("group_size", 48, "group size: 48 is not possible; choose one of 32, 64, 128, 256$"),
+        ("group_size", 512, "group size: 512 is not possible"),
+        ("group_size", -32, "group size: -32 is not possible"),
+        ("scales", "best", "scales: 'best' is not possible; choose one of affine, hqq$"),
+        ("lm_head_bits", 5, "bits of lm_head: 5 is not possible; choose one of 4, 8$"),
+        ("embedding_bits", 16, "bits of the embedding: 16 is not possible; choose one of 4, 8, 32$"),
+        ("vision", "fp16", "vision weights: 'fp16' is not possible; choose one of int4, int8, fp32$"),
+    ],
+)
+def test_impossible_values(field, value, message):
+    with pytest.raises(ExportError, match=message):
+        Recipe(**{field: value})
 
 
 @pytest.mark.parametrize("max_context_len", [1, 0, -768])
@@ -28,9 +39,9 @@ def test_too_short_context(max_context_len):
         Recipe(max_context_len=max_context_len)
 
 
-def test_unknown_scales():
-    with pytest.raises(ExportError, match="scales 'best' is not one of: affine, hqq"):
-        Recipe(scales="best")
+def test_recipe_of_an_older_file():
+    text = '{"group_size": 64, "max_context_len": 256, "name": "mobile", "scales": "affine"}'
+    assert Recipe.from_json(text) == Recipe(group_size=64, scales="affine", max_context_len=256)
 
 
 @pytest.mark.parametrize("scales", SCALE_ALGORITHMS)

@@ -34,6 +34,7 @@ def failed_rows(models, pte: Path, image: Path) -> list[str]:
     """Names of the rows that fail for a file, with the demo checkpoint loaded and quantized once for all tests."""
     rows = check(
         PteProgram(pte),
+        models.checkpoint,
         models.float32,
         models.quantized,
         mobile(),
@@ -100,7 +101,7 @@ def test_passes_with_another_picture_and_question(capsys, demo_pte, tmp_path):
 
 
 def test_fails_when_two_layers_are_swapped(tampered, models, sample_image):
-    layers = models.quantized.model.language_model.layers
+    layers = models.quantized.language_model.layers
 
     def swap_layers(data: bytearray) -> None:
         first, second = dict(layers[1].named_modules()), dict(layers[2].named_modules())
@@ -122,7 +123,7 @@ def test_fails_when_two_layers_are_swapped(tampered, models, sample_image):
     ],
 )
 def test_fails_when_the_scales_of_one_tensor_are_doubled(tampered, models, sample_image, name, row):
-    scale = models.quantized.model.get_submodule(name).weight.scale
+    scale = models.quantized.get_submodule(name).weight.scale
 
     def double(data: bytearray) -> None:
         at = find(data, raw_bytes(scale))
@@ -141,7 +142,7 @@ def test_fails_when_the_scales_of_one_tensor_are_doubled(tampered, models, sampl
     ],
 )
 def test_fails_when_2000_bytes_are_flipped(tampered, models, sample_image, where, row):
-    weight = models.quantized.model.get_submodule(where).weight
+    weight = models.quantized.get_submodule(where).weight
     stored = packed_int4(weight.qdata) if "layers.3" in where else raw_bytes(weight.qdata)
 
     def flip(data: bytearray) -> None:

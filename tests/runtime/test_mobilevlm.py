@@ -48,7 +48,7 @@ def test_cache_is_not_overwritten_between_tokens(model, sample_image, models):
     embeddings = model.embed(sample_image, "Describe the image.")
     tokens = list(model.generate_tokens(embeddings, Sampler(), 12))
     whole = torch.cat([embeddings, model.program.token_embedding(torch.tensor([tokens]))], dim=1)
-    logits = models.quantized.model(whole)[0, embeddings.shape[1] - 1 : -1]
+    logits = models.quantized(whole)[0, embeddings.shape[1] - 1 : -1]
     agreement = (logits.argmax(-1) == torch.tensor(tokens)).double().mean()
     assert agreement >= 0.9
 

@@ -1,0 +1,197 @@
+"""Methods put together from pieces compute what methods lowered at once compute, and wrong pieces are noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import executorch.kernels.quantized  # noqa: F401  (the quantized embedding's kernel)
+import pytest
+import torch
+from executorch.exir.delegate import executorch_call_delegate
+from executorch.exir.lowered_backend_module import LoweredBackendModule
+from executorch.runtime import Runtime
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from mvlm.export.assemble import _check_completeness, assemble, instantiate, template_keys
+from mvlm.export.capture import capture, capture_text_decoder, capture_token_embedding, capture_vision_encoder
+from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
+from mvlm.export.errors import ExportError
+from mvlm.export.lower import Lowered, lower, lower_program
+from mvlm.export.package import write_pte
+from mvlm.export.progress import Progress
+from mvlm.export.quantize import quantize, quantize_checkpoint
+from mvlm.export.recipe import Recipe
+from mvlm.export.spool import Spool
+from mvlm.ops.native import load_native_library
+
+pytestmark = pytest.mark.filterwarnings("ignore:Mutation on a buffer")  # the KV cache; it is meant
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    load_native_library()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def assembled_pte(lowered: Lowered, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("assembled") / "x.pte"
+    write_pte(lowered, {}, path)
+    return path
+
+
+def lowered_at_once(model, max_context_len: int) -> Lowered:
+    """The untuned way: every method captured and lowered as a whole."""
+    programs, delegation = {}, []
+    for name, program in (
+        (VISION_ENCODER, capture_vision_encoder(model)),
+        (TOKEN_EMBEDDING, capture_token_embedding(model, max_context_len)),
+        (TEXT_DECODER, capture_text_decoder(model, max_context_len)),
+    ):
+        programs[name], counts = lower_program(name, program)
+        delegation.append(counts)
+    return Lowered(programs, tuple(delegation))
+
+
+def run(path: Path, image_size: int, hidden_size: int) -> list[Tensor]:
+    """What all methods compute of fixed inputs, the decoder over several steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def method(name: str):
+        # A program each: ExecuTorch's Python runtime lets methods of one program share their planned memory.
+        return Runtime.get().load_program(path).load_method(name)
+
+    pixels = torch.randn(1, 3, image_size, image_size, generator=generator)
+    results = [method(VISION_ENCODER).execute([pixels])[0].clone()]
+    results.append(method(TOKEN_EMBEDDING).execute([torch.arange(20)[None]])[0].clone())
+    decoder = method(TEXT_DECODER)
+    position = 0
+    for length in (7, *[1] * STEPS, 5):
+        embeddings = torch.randn(1, length, hidden_size, generator=generator)
+        results.append(decoder.execute([embeddings, torch.tensor([position])])[0].clone())
+        position += length
+    return results
+
+
+def test_same_results_as_lowered_at_once(assembled_pte, lowered, small_quantized_model, small_recipe, tmp_path):
+    """Bit for bit, cache and all; and the same operators are delegated."""
+    whole = lowered_at_once(small_quantized_model, small_recipe.max_context_len)
+    for ours, theirs in zip(lowered.delegation, whole.delegation, strict=True):
+        assert (ours.quantized, ours.quantized_linears) == (theirs.quantized, theirs.quantized_linears)
+        assert ours.float32_operators == theirs.float32_operators
+        # Between pieces a partition ends and a symbol is asked for again.
+        assert 0 <= ours.float32 - theirs.float32 <= 4
+        assert {name: n for name, n in ours.left.items() if name != "aten.sym_size"} == {
+            name: n for name, n in theirs.left.items() if name != "aten.sym_size"
+        }
+    path = tmp_path / "whole.pte"
+    write_pte(whole, {}, path)
+    results = run(assembled_pte, 28, 64), run(path, 28, 64)
+    assert len(results[0]) == 2 + 1 + STEPS + 1
+    for ours, theirs in zip(*results, strict=True):
+        assert bool(torch.isfinite(ours).all())
+        assert ours.std() > 0
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(max_context_len=32, group_size=32, scales="affine", lm_head_bits=8, embedding_bits=4, vision="int4"),
+        Recipe(max_context_len=32, group_size=64, embedding_bits=32, vision="fp32"),
+    ],
+    ids=["4 bits", "float32 vision"],
+)
+def test_other_recipes_compute_what_eager_computes(recipe, small_checkpoint, tmp_path):
+    with Spool(tmp_path) as spool:
+        quantized = quantize_checkpoint(small_checkpoint, recipe, spool, Progress(quiet=True))
+        path = tmp_path / "x.pte"
+        write_pte(lower(capture(quantized), Progress(quiet=True)), {}, path)
+    model = small_checkpoint.load_model()
+    quantize(model, recipe)
+    vision, embeddings, prefill, *_ = run(path, 28, 64)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 3, 28, 28, generator=generator)
+    prompt = torch.randn(1, 7, 64, generator=generator)
+    assert torch.equal(model.embed_tokens(torch.arange(20)[None]), embeddings)
+    for ours, theirs in ((vision, model.encode_image(pixels)), (prefill, model(prompt)[:, -1:])):
+        error = (ours - theirs).norm() / theirs.norm()
+        assert error < 0.01, f"{error:.4f}"  # 40 dB
+
+
+# -- what could go wrong ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def layer_piece(captured):
+    """The decoder's layer, lowered."""
+    [piece] = [piece for piece in captured[-1].pieces if piece.layers]
+    program, _ = lower_program(TEXT_DECODER, piece.program)
+    return replace(piece, program=program)
+
+
+def delegates(program: ExportedProgram) -> list[LoweredBackendModule]:
+    module = program.graph_module
+    return [
+        getattr(module, node.args[0].target) for node in module.graph.nodes if node.target is executorch_call_delegate
+    ]
+
+
+def test_layers_hold_their_own_weights(captured, lowered, small_quantized):
+    """Every spooled weight of the checkpoint is in the assembled program, and no template's is left."""
+    for method in captured:
+        stored = {
+            key
+            for node in lowered.programs[method.name].graph.nodes
+            if node.target is executorch_call_delegate
+            and (
+                data := getattr(lowered.programs[method.name].graph_module, node.args[0].target).named_data_store_output
+            )
+            for key in data.pte_data
+        }
+        for piece in method.pieces:
+            assert not stored & set(template_keys(piece))
+            for layer in piece.layers:
+                assert {part.key for parts in layer.weights.values() for part in parts} <= stored
+    assert {name for name, layers in small_quantized.stacks.items() if layers} == {
+        piece.name for method in captured for piece in method.pieces if piece.layers
+    }
+
+
+def test_data_that_are_no_weight_are_noticed(layer_piece):
+    holder = next(delegate for delegate in delegates(layer_piece.program) if delegate.named_data_store_output.pte_data)
+    with pytest.raises(ExportError, match=r"holds .* bytes that are no weight .* versions that pyproject\.toml names"):
+        instantiate(holder, {}, layer_piece.layers[0], [])
+
+
+def test_weight_of_another_size_is_noticed(layer_piece):
+    holder = next(delegate for delegate in delegates(layer_piece.program) if delegate.named_data_store_output.pte_data)
+    weights = layer_piece.layers[0].weights
+    layer = {name: [replace(part, data=b"short") for part in parts] for name, parts in weights.items()}
+    with pytest.raises(ExportError, match="was not found, or is of another size"):
+        instantiate(holder, template_keys(layer_piece), replace(layer_piece.layers[0], weights=layer), [])
+
+
+def test_weight_that_was_lost_is_noticed(layer_piece):
+    more = replace(layer_piece, parameter_bytes=layer_piece.parameter_bytes | {"self_attn.gate.weight": [b"lost"]})
+    with pytest.raises(ExportError, match=r"nothing holds self_attn\.gate\.weight"):
+        _check_completeness([more])
+
+
+def test_template_with_equal_weights_is_refused(layer_piece):
+    twice = dict(layer_piece.parameter_bytes)
+    twice["self_attn.k_proj.weight"] = twice["self_attn.q_proj.weight"]
+    with pytest.raises(ExportError, match=r"self_attn\.\w_proj\.weight and self_attn\.\w_proj\.weight .* are equal"):
+        template_keys(replace(layer_piece, parameter_bytes=twice))
+
+
+def test_method_of_one_piece_is_itself(captured):
+    embedding = captured[1]
+    assert embedding.name == TOKEN_EMBEDDING
+    assert assemble(embedding) is embedding.pieces[0].program
