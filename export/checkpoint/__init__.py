@@ -18,8 +18,6 @@ Knows nothing of quantization or export.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from mvlm.export.checkpoint.checkpoint import Checkpoint, parameter_shapes
 from mvlm.export.checkpoint.configs import ImagePreprocessing
 from mvlm.export.checkpoint.layouts import (
@@ -32,7 +30,6 @@ from mvlm.export.checkpoint.layouts import (
 from mvlm.export.checkpoint.named_models import NAMED_MODELS, NamedModel
 from mvlm.export.checkpoint.opening import open_checkpoint
 from mvlm.export.checkpoint.random_weights import random_checkpoint
-from mvlm.export.models import MobileVLM
 
 __all__ = [
     "LAYOUTS",
@@ -43,54 +40,8 @@ __all__ = [
     "PROJECTOR_PREFIX",
     "Checkpoint",
     "ImagePreprocessing",
-    "LoadedCheckpoint",
     "NamedModel",
-    "load",
     "open_checkpoint",
     "parameter_shapes",
     "random_checkpoint",
 ]
-
-
-@dataclass(frozen=True)
-class LoadedCheckpoint:
-    """A checkpoint with its whole model.
-
-    Attributes:
-        name: what people call it: the folder's name or the hub id.
-        model: float32, in eval mode.
-        preprocessing: of pictures.
-        tokenizer: the bytes of tokenizer.model.
-        bos_id: opens a prompt.
-        eos_ids: end an answer.
-        checkpoint_id: ``sha256:…`` over all files that were read.
-        unused: tensors that were left out on purpose.
-    """
-
-    name: str
-    model: MobileVLM
-    preprocessing: ImagePreprocessing
-    tokenizer: bytes
-    bos_id: int
-    eos_ids: tuple[int, ...]
-    checkpoint_id: str
-    unused: tuple[str, ...]
-
-
-def load(model: str, vision_tower: str | None = None) -> LoadedCheckpoint:
-    """Opens a checkpoint and reads its whole model, see :func:`open_checkpoint`.
-
-    Raises:
-        ExportError: something is missing, superfluous, of another shape, or contradictory.
-    """
-    checkpoint = open_checkpoint(model, vision_tower)
-    return LoadedCheckpoint(
-        name=checkpoint.name,
-        model=checkpoint.load_model(),
-        preprocessing=checkpoint.preprocessing,
-        tokenizer=checkpoint.tokenizer,
-        bos_id=checkpoint.bos_id,
-        eos_ids=checkpoint.eos_ids,
-        checkpoint_id=checkpoint.checkpoint_id,
-        unused=checkpoint.unused,
-    )

@@ -10,6 +10,7 @@ tensor, then costs about one tensor of memory.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class _OpenBin:
 
 
 class WeightFiles:
-    """The tensors of one folder by name: type and shape at once, values when asked for.
+    """The tensors of one folder by name: type and shape at once, values when asked for. Threads may share it.
 
     Reads ``model.safetensors`` or ``pytorch_model.bin``, or the shards that ``<file>.index.json`` lists; safetensors
     first if both are there. ``.bin`` files are read with ``weights_only``: a pickle that holds anything but tensors is
@@ -101,6 +102,7 @@ class WeightFiles:
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
         self._bin: _OpenBin | None = None
+        self._lock = threading.Lock()
         for path in self.paths:
             for name, info in self._describe(path).items():
                 if name in self._file_of:
@@ -180,6 +182,10 @@ class WeightFiles:
             raise ExportError(f"{path}: cannot be read as safetensors ({error}); is it truncated?") from error
 
     def _read_from_bin(self, path: Path, name: str) -> Tensor:
+        with self._lock:
+            return self._read_from_bin_alone(path, name)
+
+    def _read_from_bin_alone(self, path: Path, name: str) -> Tensor:
         opened = self._open_bin(path)
         if opened.is_mapped and opened.bytes_read and opened.bytes_read + opened.tensors[name].nbytes > REMAP_AFTER:
             del opened
@@ -198,8 +204,11 @@ class WeightFiles:
         return opened
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the map: another process makes its own."""
-        return self.__dict__ | {"_bin": None}
+        """Without the map and the lock: another process makes its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_bin", "_lock")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _bin=None, _lock=threading.Lock())
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from loaded import LoadedCheckpoint, load
 from random_checkpoint import (
     PROJECTOR_PREFIX,
     VISION_PREFIX,
@@ -27,7 +28,6 @@ from random_checkpoint import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvlm.export.checkpoint import LoadedCheckpoint, load
 from mvlm.export.errors import ExportError
 
 V2_SIZES = Sizes(projector="ldpnetv2")

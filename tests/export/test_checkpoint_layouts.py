@@ -100,6 +100,24 @@ def test_read_gives_the_models_parameters(dtype, form, tmp_path):
     assert torch.equal(checkpoint.read(f"language_model.{down}"), source.language[f"model.{down}"].float())
 
 
+@pytest.mark.parametrize("form", WEIGHT_FORMS)
+def test_types_may_be_mixed(form, tmp_path):
+    """Trained parts are often stored finer than frozen ones."""
+    source = RandomCheckpoint.make(Sizes(projector="ldpnetv2"), own_tower=True)
+    source.language = {name: tensor.half() for name, tensor in source.language.items()}
+    source.tower = {name: tensor.bfloat16() for name, tensor in source.tower.items()}
+    source.projector["mlp.mlp.0.bias"] = source.projector["mlp.mlp.0.bias"].double()
+    checkpoint = open_checkpoint(str(source.write(tmp_path, form)))
+    for name, stored in (
+        ("language_model.norm.weight", source.language["model.norm.weight"]),
+        ("vision_tower.embeddings.class_embedding", source.tower["embeddings.class_embedding"]),
+        ("mm_projector.mlp.0.bias", source.projector["mlp.mlp.0.bias"]),
+        ("mm_projector.mlp.0.weight", source.projector["mlp.mlp.0.weight"]),
+    ):
+        assert checkpoint.read(name).dtype == torch.float32
+        assert torch.equal(checkpoint.read(name), stored.float()), name
+
+
 def test_read_of_what_the_model_has_not(tmp_path):
     checkpoint = open_checkpoint(str(RandomCheckpoint.make().write(tmp_path)))
     with pytest.raises(KeyError, match=r"the model has no parameter 'model\.norm\.weight'"):

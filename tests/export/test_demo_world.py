@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from loaded import load
 from PIL import Image
 
-from mvlm.export import checkpoint, demo
+from mvlm.export import demo
 from mvlm.export.demo import evaluate, network, sample, world
 from mvlm.export.demo.data import PAD_COLOR, PromptTokens, make_batch, normalized, pad_to_square, resized
 from mvlm.export.demo.tokenizer import BEFORE_IMAGE, after_image, train_tokenizer
@@ -364,7 +365,7 @@ def test_the_learning_rate_before_the_decay_does_not_depend_on_the_number_of_ste
 def test_a_written_checkpoint_reads_back(tokenizer_model: bytes, tmp_path: Path) -> None:
     trainer = tiny_trainer(tokenizer_model)
     write_checkpoint(trainer.model, tokenizer_model, tmp_path)
-    loaded = checkpoint.load(str(tmp_path))
+    loaded = load(str(tmp_path))
     assert loaded.model.config == trainer.config
     assert loaded.tokenizer == tokenizer_model
     ours = trainer.model.state_dict()
@@ -375,7 +376,7 @@ def test_a_written_checkpoint_reads_back(tokenizer_model: bytes, tmp_path: Path)
 
 def test_transformers_reads_the_bundled_vision_tower() -> None:
     transformers = pytest.importorskip("transformers")
-    ours = checkpoint.load(str(demo.CHECKPOINT)).model.vision_tower
+    ours = load(str(demo.CHECKPOINT)).model.vision_tower
     theirs = transformers.CLIPVisionModel.from_pretrained(demo.CHECKPOINT / "vision_tower", dtype=torch.float32)
     pixels = normalized([resized(world.sample_picture(random.Random(1)).image(), 112)])
     with torch.no_grad():
@@ -386,7 +387,7 @@ def test_transformers_reads_the_bundled_vision_tower() -> None:
 def test_the_bundled_checkpoint_is_small_and_its_accuracy_is_on_record() -> None:
     folder = demo.CHECKPOINT
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 14_000_000
-    loaded = checkpoint.load(str(folder))
+    loaded = load(str(folder))
     record = json.loads((folder / "evaluation.json").read_text())
     assert record["checkpoint_id"] == loaded.checkpoint_id, "the record is of other weights"
     assert record["overall"]["asked"] >= 1000
@@ -397,7 +398,7 @@ def test_the_bundled_checkpoint_is_small_and_its_accuracy_is_on_record() -> None
 
 
 def test_the_bundled_checkpoint_answers() -> None:
-    loaded = checkpoint.load(str(demo.CHECKPOINT))
+    loaded = load(str(demo.CHECKPOINT))
     model = evaluate.EagerModel(loaded.model, loaded.tokenizer)
     outcomes = list(evaluate.ask(model, 36, seed=1))
     result = evaluate.summary(outcomes)
@@ -406,7 +407,7 @@ def test_the_bundled_checkpoint_answers() -> None:
 
 
 def test_the_sample_picture_is_answered() -> None:
-    loaded = checkpoint.load(str(demo.CHECKPOINT))
+    loaded = load(str(demo.CHECKPOINT))
     model = evaluate.EagerModel(loaded.model, loaded.tokenizer)
     data = demo.SAMPLE_IMAGE.read_bytes()
     picture = world.Picture(sample.SAMPLE_SCENE, *sample.SAMPLE_SIZE, "spread", "JPEG", data)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from loaded import load
 from random_checkpoint import (
     RandomCheckpoint,
     Sizes,
 )
 from torch import Tensor, nn
 
-from mvlm.export.checkpoint import load
 from mvlm.export.models import (
     PROJECTOR_TYPES,
     CLIPVisionConfig,
