@@ -242,7 +242,7 @@ def _layer_report(name: str, weight: Tensor, scheme: Scheme, snr_db: float) -> L
 
 def kind_of(name: str) -> str:
     """What layers of one sort are called, e.g. ``language_model mlp.up_proj``; others go by their own name."""
-    for stack in STACKS:
+    for stack in (*STACKS, "mm_projector.blocks"):
         if name.startswith(stack + "."):
             part, (_, _, rest) = stack.partition(".")[0], name[len(stack) + 1 :].partition(".")
             return f"{part} {rest}"

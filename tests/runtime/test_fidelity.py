@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mvlm.export.package import PROMPT_TEMPLATE
-from mvlm.export.recipe import mobile
-from mvlm.runtime import PteProgram, fidelity
+from mvlm.export.checkpoint import MOBILEVLM_TEMPLATE, random_checkpoint
+from mvlm.export.pipeline import export_checkpoint
+from mvlm.export.quantize import quantize
+from mvlm.export.recipe import Recipe, mobile
+from mvlm.runtime import PteProgram
 from mvlm.runtime.fidelity import Row, Thresholds, check, compare_free, cosine, snr_db
 from mvlm.runtime.preprocess import load_image
 from mvlm.runtime.test_pte import main
@@ -171,8 +172,8 @@ def test_fails_for_the_file_of_another_checkpoint(capsys, demo_pte, demo_checkpo
 
 def test_fails_for_a_wrong_prompt_template(capsys, tampered):
     def rewrite(data: bytearray) -> None:
-        at = find(data, PROMPT_TEMPLATE.encode())
-        data[at : at + len(PROMPT_TEMPLATE)] = PROMPT_TEMPLATE.replace("USER:", "HUMN:").encode()
+        at = find(data, MOBILEVLM_TEMPLATE.encode())
+        data[at : at + len(MOBILEVLM_TEMPLATE)] = MOBILEVLM_TEMPLATE.replace("USER:", "HUMN:").encode()
 
     code, report, verdict = run(capsys, tampered(rewrite))
     assert code == 1, report
@@ -182,17 +183,32 @@ def test_fails_for_a_wrong_prompt_template(capsys, tampered):
 
 def test_fails_for_another_tokenizer(tampered, models, sample_image):
     def rewrite(data: bytearray) -> None:
-        at = find(data, models.float32.tokenizer)
+        at = find(data, models.checkpoint.tokenizer)
         data[at + 40] ^= 1
 
     assert failed_rows(models, tampered(rewrite), sample_image) == ["tokenizer (pte/checkpoint)"]
 
 
-def test_a_language_model_alone_is_compared_without_pictures(monkeypatch, text_pte):
-    monkeypatch.setattr(fidelity, "describe", lambda *_: text_pte.metadata)
-    checkpoint = SimpleNamespace(model=text_pte.model, tokenizer=text_pte.tokenizer)
-    recipe = SimpleNamespace(max_context_len=text_pte.metadata.max_context_len)
-    rows = check(PteProgram(text_pte.path), checkpoint, checkpoint, recipe, None, "Who are you?", Thresholds())
+def test_a_language_model_alone_is_compared_without_pictures(tmp_path):
+    """Through the real exporter, from a checkpoint of MobileLLaMA's layout with random weights."""
+    checkpoint = random_checkpoint(
+        "mobilellama-1.4b",
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=1024,
+    )
+    recipe = Recipe(max_context_len=256)
+    path = tmp_path / "text.pte"
+    export_checkpoint(checkpoint, path, recipe)
+    float32, quantized = checkpoint.load_model(), checkpoint.load_model()
+    quantize(quantized, recipe)
+    # Random weights have no likeliest token to speak of, so 4 bits may change it.
+    thresholds = Thresholds(quantized_top1=0, pte_top1=0.9)
+    rows = check(PteProgram(path), checkpoint, float32, quantized, recipe, None, "Who are you?", thresholds)
     assert [row for row in rows if not row.passed] == []
     names = {row.name for row in rows}
     assert {"token embeddings", "prefill logits", "forced logits", "free tokens"} <= names
