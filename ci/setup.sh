@@ -46,11 +46,12 @@ fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 pip() { .venv/bin/python -m pip "$@"; }
 
-# What was installed is remembered by the hash of all that the install depends on.
+# What was installed is remembered by the hash of all that the install depends on: what is compiled, and which Python
+# files there are, for an editable install has a list of them.
 extras=${1:+[$1]}
 stamp=.venv/mvlm-setup${1:+-$1}
-state=$(find pyproject.toml CMakeLists.txt ops runner -name __pycache__ -prune -o -type f -print0 | sort -z |
-        xargs -0 sha256sum | sha256sum)
+state=$( (find pyproject.toml CMakeLists.txt ops runner -name __pycache__ -prune -o -type f -print0 | sort -z |
+          xargs -0 sha256sum; find export runtime -name '*.py' | sort) | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
   # torch first and alone: no other requirement may choose its version.
   say "installing torch"

@@ -13,6 +13,7 @@ from pathlib import Path
 from mvlm.export import demo
 from mvlm.export.command_line import add_checkpoint_arguments, open_of
 from mvlm.export.errors import ExportError
+from mvlm.export.files import check_writable
 from mvlm.export.progress import Progress, quiet_libraries
 from mvlm.export.recipe import (
     EMBEDDING_BITS,
@@ -24,6 +25,7 @@ from mvlm.export.recipe import (
     Recipe,
     mobile,
 )
+from mvlm.export.report import check_report_path
 
 #: Flags that change one field of the named recipe.
 RECIPE_FLAGS = ("group_size", "scales", "lm_head_bits", "embedding_bits", "vision", "max_context_len")
@@ -33,13 +35,24 @@ examples:
   # the bundled demo model, with its picture beside it
   python -m mvlm.export --pte-name mobilevlm.pte --with-artifacts
 
-  # MobileVLM V2 from the Hugging Face hub; it carries its own vision tower
-  python -m mvlm.export --model mtgv/MobileVLM_V2-1.7B --pte-name mobilevlm-v2-1.7b.pte
+  # MobileVLM V2 from the Hugging Face hub, as it was on a certain day; it carries its own vision tower
+  python -m mvlm.export --model mtgv/MobileVLM_V2-1.7B --revision 9a5b623a83fe --pte-name mobilevlm-v2-1.7b.pte
 
   # MobileVLM V1 from folders: the vision tower is a checkpoint of its own
   python -m mvlm.export --model ./MobileVLM-1.7B --vision-tower ./clip-vit-large-patch14-336 --pte-name mobilevlm.pte
 
+  # LLaVA-1.5, smaller than by default; and a language model alone, which takes no picture
+  python -m mvlm.export --model llava-hf/llava-1.5-7b-hf --recipe small --pte-name llava.pte
+  python -m mvlm.export --model mtgv/MobileLLaMA-1.4B-Chat --pte-name mobilellama.pte
+
+  # for a benchmark without a download: random weights of a true shape
+  python -m mvlm.export --random-weights mobilevlm-3b --pte-name mobilevlm-3b.pte
+
+  # how much each layer lost, as JSON and as a page with a plot
+  python -m mvlm.export --model ./MobileVLM_V2-1.7B --group-size 32 --pte-name fine.pte --report fine.json
+
 then:
+  python -m mvlm.export.inspect mobilevlm.pte
   llava_main --model_path mobilevlm.pte --image_path photo.jpg --prompt "What is in the picture?"
 """
 
@@ -118,10 +131,13 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 def run(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
+    check_writable(options.pte_name)
+    if options.report is not None:
+        check_report_path(options.report)
     # Late, because it imports torch, torchao and executorch: --help and wrong flags answer at once.
     quiet_libraries()
     progress = Progress(options.quiet)
-    with progress.stage("open checkpoint"):
+    with progress.stage("open checkpoint", counts=False):  # the hub's downloads have progress bars
         checkpoint = open_of(options)
     from mvlm.export.package import write_artifacts
     from mvlm.export.pipeline import export_checkpoint

@@ -13,21 +13,26 @@ from pathlib import Path
 
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.errors import ExportError
-from mvlm.export.quantize import STACKS, meta_model, schemes_of
+from mvlm.export.quantize import meta_model, place_in_stack, schemes_of, stored_bytes
 from mvlm.export.recipe import Recipe
 
 _MIB = 1 << 20
 
 #: Resident memory of a process that has imported what an export needs and lowered a small layer.
-BASE_MEMORY = 800 * _MIB
-#: Bytes at the peak for each weight of the tensors that are in memory at once.
-BYTES_PER_HELD_WEIGHT = 2.0
-BYTES_PER_LARGEST_WEIGHT = 12.0
+BASE_MEMORY = 450 * _MIB
+#: Bytes at the peak for each weight of the tensors that stay in memory: embedding, lm_head, projector.
+BYTES_PER_HELD_WEIGHT = 2
+#: Bytes at the peak for each weight of the largest tensor while it is quantized or lowered.
+BYTES_PER_LARGEST_WEIGHT = 12
+#: The same while it is in a file's map, and what else of the file is.
+BYTES_PER_MAPPED_WEIGHT = 2
+MAPPED_BYTES = 128 * _MIB
 #: Seconds on two cores of 2021 (Zen 3): whatever the size, and for each weight.
-BASE_SECONDS = 60.0
+BASE_SECONDS = 45.0
 SECONDS_PER_WEIGHT = 40e-9
-#: The program itself and padding, beside the weights.
-PROGRAM_BYTES = 4 * _MIB
+#: The program without weights: instructions, delegates and padding, of all that is no layer, and of each layer.
+PROGRAM_BYTES = 64 << 10
+PROGRAM_BYTES_PER_LAYER = 12 << 10
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,12 @@ class Estimate:
         return (
             f"about {self.output / 1e6:,.0f} MB of .pte, {self.memory / _MIB:,.0f} MiB of memory at the peak, "
             f"{(self.output + self.spool) / 1e6:,.0f} MB of disk while it is written, "
-            f"{max(1, round(self.seconds / 60))} minutes on two cores"
+            f"{_duration(self.seconds)} on two cores"
         )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 def estimate(checkpoint: Checkpoint, recipe: Recipe) -> Estimate:
@@ -62,35 +71,40 @@ def estimate(checkpoint: Checkpoint, recipe: Recipe) -> Estimate:
     """
     model = meta_model(checkpoint)
     schemes = schemes_of(model, recipe)
-    output = PROGRAM_BYTES + len(checkpoint.tokenizer)
+    text = checkpoint.config.text
+    rope_tables = 4 * recipe.max_context_len * text.head_dim
+    output = PROGRAM_BYTES + len(checkpoint.tokenizer) + rope_tables
+    layers = set()
     spool = held = largest = weights = 0
     for name, parameter in model.named_parameters():
-        module_name = name.removesuffix(".weight")
-        scheme = schemes.get(module_name) if name.endswith(".weight") else None
-        size = 4 * parameter.numel()
-        if scheme is not None and scheme.bits < 32:
-            per_scale = scheme.group_size or parameter.shape[-1]
-            size = parameter.numel() * scheme.bits // 8 + 4 * parameter.numel() // per_scale
-        is_stacked = name.startswith(STACKS)
+        scheme = schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        count = parameter.numel()
+        size = stored_bytes(scheme, parameter) if scheme else 4 * count
         output += size
-        weights += parameter.numel()
-        if is_stacked and scheme is not None:
+        weights += count
+        place = place_in_stack(name)
+        if place is not None:
+            layers.add(place[:2])
+        if place is not None and scheme is not None:
             spool += size
         else:
-            held += parameter.numel()
-        largest = max(largest, parameter.numel())
-    memory = BASE_MEMORY + int(BYTES_PER_HELD_WEIGHT * held + BYTES_PER_LARGEST_WEIGHT * largest)
+            held += count
+        largest = max(largest, count)
+    output += PROGRAM_BYTES_PER_LAYER * len(layers)
+    memory = BASE_MEMORY + BYTES_PER_HELD_WEIGHT * held + BYTES_PER_LARGEST_WEIGHT * largest
+    if checkpoint.size:
+        memory += MAPPED_BYTES + BYTES_PER_MAPPED_WEIGHT * largest
     return Estimate(output, spool, memory, BASE_SECONDS + SECONDS_PER_WEIGHT * weights)
 
 
-def available_memory() -> int | None:
-    """Bytes that this process may still take: of the machine and of its control group; None where neither tells."""
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take: of the machine and of its control groups; None where nothing tells."""
     limits = []
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 limits.append(int(line.split()[1]) * 1024)
-        for group in _control_groups():
+        for group in _control_groups(root):
             for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
                 if (group / limit).is_file():
                     text = (group / limit).read_text().strip()
@@ -101,16 +115,15 @@ def available_memory() -> int | None:
     return max(0, min(limits)) if limits else None
 
 
-def _control_groups() -> list[Path]:
+def _control_groups(system: Path) -> list[Path]:
     """The folders of this process's memory control groups: its own and those above it, version 2 and 1."""
     folders = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in (system / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            root = Path("/sys/fs/cgroup") / controllers
+        if controllers == "" or "memory" in controllers.split(","):
+            root = system / "sys/fs/cgroup" / controllers
             folder = root / path.lstrip("/")
             folders += [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
-            folders.append(root)
     return list(dict.fromkeys(folders))
 
 

@@ -49,12 +49,13 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     @contextmanager
-    def stage(self, title: str) -> Iterator[None]:
+    def stage(self, title: str, counts: bool = True) -> Iterator[None]:
+        """Says when ``title`` begins and what it took; ``counts=False`` leaves the terminal to others meanwhile."""
         begin = time.monotonic()
         done = threading.Event()
         ticker = None
         self._share = None
-        if not self.quiet and sys.stderr.isatty():
+        if counts and not self.quiet and sys.stderr.isatty():
 
             def tick() -> None:
                 while not done.wait(1.0):

@@ -233,11 +233,19 @@ def choose_scales_hqq(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _layer_report(name: str, weight: Tensor, scheme: Scheme, snr_db: float) -> LayerQuantization:
-    num_bytes = weight.numel() * scheme.bits // 8
-    if scheme.bits < 32:
-        # XNNPACK's groups have bfloat16 scales, all else float32.
-        num_bytes += weight.scale.numel() * (2 if scheme.group_size and not scheme.is_embedding else 4)
-    return LayerQuantization(name, kind_of(name), str(scheme), tuple(weight.shape), snr_db, num_bytes)
+    return LayerQuantization(
+        name, kind_of(name), str(scheme), tuple(weight.shape), snr_db, stored_bytes(scheme, weight)
+    )
+
+
+def stored_bytes(scheme: Scheme, weight: Tensor) -> int:
+    """Bytes in the .pte of a weight [out, in] that is stored by ``scheme``; its scales included."""
+    if scheme.bits == 32:
+        return 4 * weight.numel()
+    num_scales = weight.numel() // (scheme.group_size or weight.shape[1])
+    # XNNPACK's groups have bfloat16 scales, all else float32.
+    bytes_per_scale = 2 if scheme.group_size and not scheme.is_embedding else 4
+    return weight.numel() * scheme.bits // 8 + num_scales * bytes_per_scale
 
 
 def kind_of(name: str) -> str:
@@ -338,12 +346,12 @@ def quantize_checkpoint(
         del tensor
         report = _layer_report(module_name, weight, scheme, snr_db)
         return_freed_memory()
-        return (spool_weight(weight, spool) if _place_in_stack(name) else weight), report
+        return (spool_weight(weight, spool) if place_in_stack(name) else weight), report
 
     for name, (result, report) in zip(shapes, _map_on_all_cores(work, shapes), strict=True):
         if report is not None:
             reports.append(report)
-        place = _place_in_stack(name)
+        place = place_in_stack(name)
         if place is None:
             _set_parameter(model, name, result)
         else:
@@ -368,7 +376,8 @@ def _map_on_all_cores(work: Callable[[str], T], names: Iterable[str]) -> Iterato
             raise
 
 
-def _place_in_stack(name: str) -> tuple[str, int, str] | None:
+def place_in_stack(name: str) -> tuple[str, int, str] | None:
+    """Of a parameter's name: the stack, the number of the layer in it, and the name in the layer."""
     for stack in STACKS:
         if name.startswith(stack + "."):
             index, _, rest = name[len(stack) + 1 :].partition(".")

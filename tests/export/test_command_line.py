@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,24 +12,35 @@ from pathlib import Path
 import pytest
 from random_checkpoint import RandomCheckpoint, Sizes
 
-from mvlm.export import demo, pipeline
+from mvlm.export import demo, pipeline, preflight
 from mvlm.export.__main__ import main, parse_arguments, recipe_of
+from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.contract import ImageProcessing, Metadata
 from mvlm.export.errors import ExportError
 from mvlm.export.pipeline import Exported
 from mvlm.export.progress import Progress
 from mvlm.export.recipe import Recipe
+from mvlm.export.report import QuantizationReport
 
 FLAGS = (
     "--pte-name",
     "--model",
+    "--random-weights",
+    "--seed",
+    "--revision",
     "--vision-tower",
     "--recipe",
     "--group-size",
     "--scales",
+    "--lm-head-bits",
+    "--embedding-bits",
+    "--vision",
     "--max-context-len",
     "--with-artifacts",
+    "--report",
+    "--force",
     "--quiet",
+    "--list",
     "--version",
     "--help",
 )
@@ -51,13 +63,15 @@ METADATA = Metadata(
 
 
 @pytest.fixture
-def exports(monkeypatch) -> list[tuple[str, Path, Recipe, str | None]]:
+def exports(monkeypatch) -> list[tuple[str, Path, Recipe, Path | None, bool]]:
     """What would have been exported; nothing is."""
     asked = []
 
-    def export_checkpoint(model: str, path: Path, recipe: Recipe, tower: str | None, progress: Progress) -> Exported:
-        asked.append((model, path, recipe, tower))
-        return Exported(path, 1234567, METADATA, b"tokenizer")
+    def export_checkpoint(
+        checkpoint: Checkpoint, path: Path, recipe: Recipe, progress: Progress, report_path: Path | None, force: bool
+    ) -> Exported:
+        asked.append((checkpoint.name, path, recipe, report_path, force))
+        return Exported(path, 1234567, METADATA, b"tokenizer", QuantizationReport(checkpoint.name, recipe, ()))
 
     monkeypatch.setattr(pipeline, "export_checkpoint", export_checkpoint)
     return asked
@@ -94,10 +108,12 @@ def test_help(capsys):
     for flag in FLAGS:
         assert re.search(rf"^  (-h, )?{flag}\b", out, re.MULTILINE), flag
     words = " ".join(out.split())
-    for default in ("128", "hqq", "768", "mobile", "the bundled demo checkpoint"):
+    for default in ("768", "mobile", "0", "the bundled demo checkpoint"):
         assert f"(default: {default})" in words
+    for field in ("group_size", "scales", "lm_head_bits", "embedding_bits", "vision"):
+        assert f"(mobile: {getattr(Recipe(), field)})" in words
     examples = out[out.index("examples:") : out.index("then:")]
-    assert len(re.findall("^  python -m mvlm.export ", examples, re.MULTILINE)) == 3
+    assert len(re.findall("^  python -m mvlm.export ", examples, re.MULTILINE)) == 7
     assert "llava_main --model_path" in out
 
 
@@ -139,6 +155,10 @@ def test_version(capsys):
         ("--group-size 32", Recipe(group_size=32)),
         ("--scales affine --max-context-len 100", Recipe(scales="affine", max_context_len=100)),
         ("--recipe mobile --group-size 64", Recipe(group_size=64)),
+        ("--recipe small", Recipe("small", embedding_bits=4, vision="int4")),
+        ("--recipe small --vision fp32", Recipe("small", embedding_bits=4, vision="fp32")),
+        ("--recipe accurate --lm-head-bits 4", Recipe("accurate", group_size=32)),
+        ("--embedding-bits 32", Recipe(embedding_bits=32)),
     ],
 )
 def test_recipe_of_flags(flags, recipe):
@@ -157,6 +177,12 @@ def test_recipe_of_flags(flags, recipe):
         ("--pte-name x.pte --scales best", "--scales: invalid choice: 'best' (choose from"),
         ("--pte-name x.pte --recipe desktop", "--recipe: invalid choice: 'desktop' (choose from"),
         ("--pte-name x.pte --model", "--model: expected one argument"),
+        ("--pte-name x.pte --group-size 48", "--group-size: invalid choice: 48 (choose from 32, 64, 128, 256)"),
+        ("--pte-name x.pte --lm-head-bits 5", "--lm-head-bits: invalid choice: 5 (choose from 4, 8)"),
+        ("--pte-name x.pte --embedding-bits 16", "--embedding-bits: invalid choice: 16 (choose from 4, 8, 32)"),
+        ("--pte-name x.pte --vision fp16", "--vision: invalid choice: 'fp16' (choose from"),
+        ("--pte-name x.pte --seed x", "--seed: invalid int value: 'x'"),
+        ("--pte-name x.pte --model m --random-weights r", "--random-weights: not allowed with argument --model"),
     ],
 )
 def test_wrong_flags(arguments, message, capsys, exports):
@@ -167,11 +193,12 @@ def test_wrong_flags(arguments, message, capsys, exports):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--group-size 48", "group size 48 is not possible: XNNPACK takes powers of two from 32 on (32, 64, 128, …)"),
-        ("--group-size 0", "group size 0 is not possible"),
         ("--max-context-len 0", "max context length 0 is too short: a prompt and an answer need 2 at least"),
         ("--max-context-len -1", "max context length -1 is too short"),
         ("--vision-tower t", "--vision-tower goes with --model; the bundled demo checkpoint has its own"),
+        ("--random-weights mobilevlm-3b --seed -1", "seed -1: a whole number from 0 to"),
+        ("--report report.txt", "report.txt: a report is written as JSON"),
+        ("--report no/such.json", "no/such.json: there is no folder no; make it first"),
     ],
 )
 def test_values_that_are_not_possible(flags, message, capsys, exports, tmp_path):
@@ -193,14 +220,14 @@ def test_values_that_are_not_possible(flags, message, capsys, exports, tmp_path)
 )
 def test_unusable_path_is_found_before_any_work(name, message, capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr("mvlm.export.__main__.open_of", lambda *_: pytest.fail("began to work"))
     error = input_error(["--pte-name", str(tmp_path / name)], capsys)
     assert message.format(tmp_path) in error
     assert str(tmp_path / name) in error
 
 
 def test_folder_that_cannot_be_written_to(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr("mvlm.export.__main__.open_of", lambda *_: pytest.fail("began to work"))
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     assert f"the folder {tmp_path} cannot be written to" in input_error(["--pte-name", str(tmp_path / "x")], capsys)
 
@@ -220,7 +247,7 @@ def test_spoiled_checkpoint(capsys, tmp_path):
 
 
 def test_context_beyond_what_the_model_was_trained_for(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "quantize", lambda *_: pytest.fail("went on with it"))
+    monkeypatch.setattr(pipeline, "quantize_checkpoint", lambda *_: pytest.fail("went on with it"))
     folder = RandomCheckpoint.make(Sizes(max_position_embeddings=100)).write(tmp_path / "model")
     arguments = ["--model", str(folder), "--pte-name", str(tmp_path / "x.pte"), "--max-context-len", "101"]
     error = input_error(arguments, capsys)
@@ -231,7 +258,7 @@ def test_context_beyond_what_the_model_was_trained_for(capsys, monkeypatch, tmp_
 
 def test_picture_that_leaves_no_room(capsys, monkeypatch, tmp_path):
     """16 image tokens do not fit into 16 positions with a question and an answer."""
-    monkeypatch.setattr(pipeline, "quantize", lambda *_: pytest.fail("went on with it"))
+    monkeypatch.setattr(pipeline, "quantize_checkpoint", lambda *_: pytest.fail("went on with it"))
     folder = RandomCheckpoint.make(Sizes(projector="linear")).write(tmp_path / "model")
     arguments = ["--model", str(folder), "--pte-name", str(tmp_path / "x.pte"), "--max-context-len", "16"]
     error = input_error(arguments, capsys)
@@ -244,17 +271,18 @@ def test_picture_that_leaves_no_room(capsys, monkeypatch, tmp_path):
 def test_without_model_the_demo_checkpoint_is_exported(capsys, exports, tmp_path):
     path = tmp_path / "x.pte"
     assert main(["--pte-name", str(path), "--group-size", "64"]) == 0
-    assert exports == [(str(demo.CHECKPOINT), path, Recipe(group_size=64), None)]
+    assert exports == [(demo.CHECKPOINT.name, path, Recipe(group_size=64), None, False)]
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"no --model given: exporting the bundled demo checkpoint, {demo.CHECKPOINT}" in captured.err
     assert f"{path}: 1,234,567 bytes, a model, " in captured.err
 
 
-def test_model_and_tower_are_handed_on(capsys, exports, tmp_path):
-    path = tmp_path / "x.pte"
-    assert main(["--pte-name", str(path), "--model", "m", "--vision-tower", "t", "--quiet"]) == 0
-    assert exports == [("m", path, Recipe(), "t")]
+def test_what_is_asked_for_is_handed_on(capsys, exports, tmp_path):
+    path, report = tmp_path / "x.pte", tmp_path / "r.json"
+    flags = ["--random-weights", "mobilellama-1.4b", "--seed", "3", "--report", str(report), "--force", "--quiet"]
+    assert main(["--pte-name", str(path), *flags]) == 0
+    assert exports == [("mobilellama-1.4b (random weights, seed 3)", path, Recipe(), report, True)]
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
 
@@ -315,12 +343,42 @@ def test_what_the_pipeline_says(tmp_path, capsys, monkeypatch):
     arguments = ["--model", str(folder), "--pte-name", str(tmp_path / "x.pte"), "--max-context-len", "100"]
     assert main(arguments) == 2
     err = capsys.readouterr().err
-    for stage in ("load checkpoint", "quantize"):
+    assert re.search(r"^model, recipe mobile: about \d+ MB of \.pte, [\d,]+ MiB of memory", err, re.MULTILINE)
+    for stage in ("open checkpoint", "identify checkpoint", "read and quantize"):
         assert re.search(rf"^{stage} .* s   elapsed .* MiB$", err, re.MULTILINE), stage
     assert "\ncapture with torch.export …\nmvlm.export: far enough\n" in err
     assert re.search(
         r"^  18 tensors are not needed: vision_model\.encoder\.layers\.1\..* and 15 more$", err, re.MULTILINE
     )
     assert "group size 64 instead of 128 for" in err
+    assert re.search(r"^  language_model mlp\.up_proj +1  int4, groups of 64, hqq ", err, re.MULTILINE)
     assert "group size 32 instead of 128 for mlp.down_proj: their width wants it" in err
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_report_is_written(tmp_path, monkeypatch):
+    """Before the long stages, which are left out here."""
+
+    def stop(*_: object) -> None:
+        raise ExportError("far enough")
+
+    monkeypatch.setattr(pipeline, "capture", stop)
+    report = tmp_path / "r.json"
+    assert main(["--pte-name", str(tmp_path / "x.pte"), "--report", str(report), "--quiet"]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "r.html"}
+    written = json.loads(report.read_text())
+    assert {"language_model.lm_head", "vision_tower.encoder.layers.4.mlp.fc2"} <= {
+        layer["name"] for layer in written["layers"]
+    }
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 2), (["--force"], 0)])
+def test_not_enough_memory(flags, code, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(pipeline, "quantize_checkpoint", lambda *_: pytest.fail("went on with it"))
+    if code == 2:
+        error = input_error(["--pte-name", str(tmp_path / "x.pte"), *flags], capsys)
+        assert re.search(r"not enough memory: .* [\d,]+ MiB and 1 MiB are available; .*--force", error)
+    else:
+        with pytest.raises(pytest.fail.Exception, match="went on with it"):
+            main(["--pte-name", str(tmp_path / "x.pte"), "--quiet", *flags])

@@ -1,0 +1,149 @@
+"""What an export needs is estimated well enough to refuse what will not do."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mvlm.export import preflight
+from mvlm.export.checkpoint import open_checkpoint, random_checkpoint
+from mvlm.export.errors import ExportError
+from mvlm.export.preflight import Estimate, available_memory, check, estimate
+from mvlm.export.recipe import Recipe, small
+
+MIB = 1 << 20
+
+#: Measured: peak resident memory in MiB and bytes of the .pte (README, "What an export costs").
+MEASURED = {
+    "mobilevlm-1.7b": (1276, 1_052_836_224),
+    "mobilevlm-v2-1.7b": (1213, 1_040_042_624),
+    "mobilevlm-3b": (1333, 1_760_523_776),
+    "llava-1.5-7b": (2374, 3_858_126_336),
+    "mobilellama-1.4b": (1175, 737_106_688),
+}
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_estimates_of_true_sizes(name):
+    memory, size = MEASURED[name]
+    estimated = estimate(random_checkpoint(name), Recipe())
+    assert estimated.output == pytest.approx(size, rel=0.003)
+    assert memory * MIB <= estimated.memory <= 1.35 * memory * MIB
+
+
+def test_size_of_the_demo(demo_pte, demo_checkpoint):
+    """A small file, of which the program without weights is a good part."""
+    estimated = estimate(open_checkpoint(str(demo_checkpoint)), Recipe())
+    assert estimated.output == pytest.approx(demo_pte.stat().st_size, rel=0.03)
+    assert estimated.spool < estimated.output
+
+
+def test_recipes_change_the_size():
+    checkpoint = random_checkpoint("mobilevlm-1.7b")
+    usual = estimate(checkpoint, Recipe()).output
+    # A vocabulary of 32000 rows of 2048: half a byte less each, and a float32 scale per 32 in place of one per row.
+    less = 32000 * 2048 // 2 - 32000 * (2048 // 32 - 1) * 4
+    assert usual - estimate(checkpoint, Recipe(embedding_bits=4)).output == less
+    assert estimate(checkpoint, Recipe(embedding_bits=32)).output - usual == 32000 * 2048 * 3 - 32000 * 4
+    assert estimate(checkpoint, small()).output < usual < estimate(checkpoint, Recipe(vision="fp32")).output
+
+
+def test_a_file_is_mapped_while_it_is_read(demo_checkpoint):
+    checkpoint = open_checkpoint(str(demo_checkpoint))
+    assert checkpoint.size > 0
+    difference = estimate(checkpoint, Recipe()).memory - estimate(replace(checkpoint, size=0), Recipe()).memory
+    assert difference > preflight.MAPPED_BYTES
+
+
+def test_what_is_said():
+    text = str(Estimate(output=2_000_000_000, spool=1_500_000_000, memory=3 * 1024 * MIB, seconds=150))
+    assert text == (
+        "about 2,000 MB of .pte, 3,072 MiB of memory at the peak, 3,500 MB of disk while it is written, "
+        "2 minutes on two cores"
+    )
+    assert str(Estimate(1, 1, 1, 42)).endswith("42 seconds on two cores")
+
+
+# -- memory that is available -----------------------------------------------------------------------------------------
+
+
+def system(root: Path, available_kib: int, cgroup: str, files: dict[str, str]) -> Path:
+    """A tree like that of a Linux machine."""
+    for name, text in {
+        "proc/meminfo": f"MemTotal:  99999999 kB\nMemFree:  1 kB\nMemAvailable:  {available_kib} kB\n",
+        "proc/self/cgroup": cgroup,
+        **files,
+    }.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_memory_of_the_machine(tmp_path):
+    assert available_memory(system(tmp_path, 5000, "0::/\n", {})) == 5000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        ("0::/\n", {"memory.max": "max\n", "memory.current": "7\n"}, 5000 * 1024),
+        ("0::/\n", {"memory.max": "3000000\n", "memory.current": "1000000\n"}, 2000000),
+        ("0::/a/b\n", {"a/memory.max": "3000000\n", "a/memory.current": "1000000\n"}, 2000000),
+        ("0::/a/b\n", {"a/b/memory.max": "10\n", "a/b/memory.current": "30\n"}, 0),
+        (
+            "3:cpu,cpuacct:/x\n2:memory:/x\n",
+            {"memory/x/memory.limit_in_bytes": "900\n", "memory/x/memory.usage_in_bytes": "100\n"},
+            800,
+        ),
+        ("0::/\n", {"memory.max": "nonsense\n", "memory.current": "1\n"}, 5000 * 1024),
+    ],
+    ids=["no limit", "limit", "limit of the group above", "exceeded", "version 1", "unreadable"],
+)
+def test_memory_of_a_control_group(cgroup, files, expected, tmp_path):
+    tree = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    assert available_memory(system(tmp_path, 5000, cgroup, tree)) == expected
+
+
+def test_memory_of_an_unknown_system(tmp_path):
+    assert available_memory(tmp_path) is None
+
+
+def test_memory_of_this_machine():
+    available = available_memory()
+    if Path("/proc/meminfo").exists():
+        assert 10 * MIB < available < 1 << 50
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+NEEDS = Estimate(output=2_000_000_000, spool=1_500_000_000, memory=3072 * MIB, seconds=1)
+
+
+def test_enough(monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight, "available_memory", lambda: 3072 * MIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 3_500_000_000))
+    check(NEEDS, tmp_path / "x.pte")
+    monkeypatch.setattr(preflight, "available_memory", lambda: None)
+    check(NEEDS, tmp_path / "x.pte")
+
+
+def test_not_enough_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight, "available_memory", lambda: 2000 * MIB)
+    with pytest.raises(ExportError, match=r"not enough memory: .* 3,072 MiB and 2,000 MiB are available; .*--force"):
+        check(NEEDS, tmp_path / "x.pte")
+
+
+def test_not_enough_disk(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(preflight, "available_memory", lambda: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(0, 0, 3_499_999_999))
+    with pytest.raises(ExportError, match=r"not enough disk space in .*: .* 3,500 MB .* 3,500 MB are free; .*--force"):
+        check(NEEDS, tmp_path / "x.pte")
+    assert asked == [tmp_path], "the disk on which the file and the spool will lie"
