@@ -129,11 +129,32 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     return replace(RECIPES[options.recipe](), **given)
 
 
+def check_outputs(options: argparse.Namespace) -> None:
+    """Checks, before minutes of work, that all files that the flags ask for can be written.
+
+    Raises:
+        ExportError: one cannot be written, or would be written twice.
+    """
+    pte, report = options.pte_name, options.report
+    check_writable(pte)
+    outputs = [(pte, "the file itself")]
+    if report is not None:
+        check_report_path(report)
+        outputs += [(report, "--report"), (report.with_suffix(".html"), "the page of --report")]
+    if options.with_artifacts:
+        for name in ("tokenizer.model", f"{pte.stem}.json", demo.SAMPLE_IMAGE.name):
+            check_writable(pte.parent / name)
+            outputs.append((pte.parent / name, "--with-artifacts"))
+    asked_by: dict[Path, str] = {}
+    for path, what in outputs:
+        first = asked_by.setdefault(path.resolve(), what)
+        if first != what:
+            raise ExportError(f"{path}: would be written for {first} and again for {what}; give one another name")
+
+
 def run(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
-    check_writable(options.pte_name)
-    if options.report is not None:
-        check_report_path(options.report)
+    check_outputs(options)
     # Late, because it imports torch, torchao and executorch: --help and wrong flags answer at once.
     quiet_libraries()
     progress = Progress(options.quiet)

@@ -232,6 +232,42 @@ def test_folder_that_cannot_be_written_to(capsys, monkeypatch, tmp_path):
     assert f"the folder {tmp_path} cannot be written to" in input_error(["--pte-name", str(tmp_path / "x")], capsys)
 
 
+@pytest.mark.parametrize(
+    ("pte", "flags", "message"),
+    [
+        ("m.json", "--report {}/m.json", "m.json: would be written for the file itself and again for --report;"),
+        ("m.html", "--report {}/m.json", "m.html: would be written for the file itself and again for the page of"),
+        ("m.json", "--with-artifacts", "m.json: would be written for the file itself and again for --with-artifacts;"),
+        (
+            "m.pte",
+            "--report {}/../{}/m.json --with-artifacts",
+            "m.json: would be written for --report and again for --with-artifacts; give one another name",
+        ),
+        ("m.pte", "--with-artifacts", "tokenizer.model: is a folder"),
+    ],
+)
+def test_files_that_would_spoil_each_other(pte, flags, message, capsys, exports, tmp_path):
+    if "folder" in message:
+        (tmp_path / "tokenizer.model").mkdir()
+    flags = flags.replace("{}", str(tmp_path), 1).replace("{}", tmp_path.name)
+    assert message in input_error(["--pte-name", str(tmp_path / pte), *flags.split()], capsys)
+    assert not exports
+
+
+def test_unusable_paths_are_found_at_once(tmp_path):
+    """Before torch is imported, which takes seconds."""
+    code = (
+        "import sys\n"
+        "from mvlm.export.__main__ import main\n"
+        "codes = [main(['--pte-name', *flags.split()]) for flags in sys.argv[1:]]\n"
+        "print(codes, 'torch' in sys.modules)\n"
+    )
+    wrong = ["none/x.pte", ".", "x.pte --report x.txt", "x.pte --report none/x.json", "x.pte --max-context-len 0"]
+    ran = subprocess.run([sys.executable, "-c", code, *wrong], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.stdout == "[2, 2, 2, 2, 2] False\n", ran.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_model_that_is_not_there(capsys, tmp_path):
     error = input_error(["--model", str(tmp_path / "none"), "--pte-name", str(tmp_path / "x.pte")], capsys)
     assert f"model {tmp_path}/none: no such folder" in error

@@ -63,9 +63,8 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     assert (few["layers"], many["layers"]) == LAYERS
     more_weights = num_weights(LAYERS[1]) - num_weights(LAYERS[0])
     more_float32, more_memory = 4 * more_weights, many["peak"] - few["peak"]
-    print(
-        f"{few['peak'] / MIB:.0f} and {many['peak'] / MIB:.0f} MiB; float32 would be {more_float32 / MIB:.0f} MiB more"
-    )
+    peaks = " and ".join(f"{which['peak'] / MIB:.0f}" for which in (few, many))
+    print(f"{LAYERS} layers: {peaks} MiB; as float32 they differ by {more_float32 / MIB:.0f} MiB")
     assert more_float32 >= 600 * MIB
     assert many["spool"] - few["spool"] > 0.5 * more_weights  # the weights went to the disk
     assert more_memory < 60 * MIB  # not even the quantized ones would fit, half a byte each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -10,38 +11,42 @@ from pathlib import Path
 import pytest
 
 from mvlm.export import preflight
-from mvlm.export.checkpoint import open_checkpoint, random_checkpoint
+from mvlm.export.checkpoint import open_checkpoint, parameter_shapes, random_checkpoint
 from mvlm.export.errors import ExportError
 from mvlm.export.preflight import Estimate, available_memory, check, estimate
 from mvlm.export.recipe import Recipe, small
 
 MIB = 1 << 20
 
-#: Measured: peak resident memory in MiB and bytes of the .pte (README, "What an export costs").
+#: Measured: the least and the greatest peak of resident memory in MiB, and bytes of the .pte (README, "What an export
+#: costs").
 MEASURED = {
-    "mobilevlm-1.7b": (1276, 1_052_836_224),
-    "mobilevlm-v2-1.7b": (1213, 1_040_042_624),
-    "mobilevlm-3b": (1333, 1_760_523_776),
-    "llava-1.5-7b": (2374, 3_858_126_336),
-    "mobilellama-1.4b": (1175, 737_106_688),
+    ("mobilevlm-1.7b", Recipe()): (1198, 1276, 1_052_836_224),
+    ("mobilevlm-v2-1.7b", Recipe()): (1188, 1213, 1_040_042_624),
+    ("mobilevlm-3b", Recipe()): (1333, 1340, 1_760_523_776),
+    ("llava-1.5-7b", Recipe()): (2374, 2374, 3_858_126_336),
+    ("mobilellama-1.4b", Recipe()): (1175, 1175, 737_106_688),
+    ("mobilellama-1.4b", Recipe(embedding_bits=32)): (1328, 1328, 933_586_560),
+    ("mobilevlm-1.7b", Recipe(embedding_bits=32, vision="fp32")): (1568, 1568, 2_173_192_320),
 }
 
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.mark.parametrize("name", MEASURED)
-def test_estimates_of_true_sizes(name):
-    memory, size = MEASURED[name]
-    estimated = estimate(random_checkpoint(name), Recipe())
+@pytest.mark.parametrize(("name", "recipe"), MEASURED)
+def test_estimates_of_true_sizes(name, recipe):
+    least, greatest, size = MEASURED[name, recipe]
+    estimated = estimate(random_checkpoint(name), recipe)
     assert estimated.output == pytest.approx(size, rel=0.003)
-    assert memory * MIB <= estimated.memory <= 1.35 * memory * MIB
+    assert 1.05 * greatest * MIB <= estimated.memory <= 1.25 * least * MIB
 
 
-def test_size_of_the_demo(demo_pte, demo_checkpoint):
-    """A small file, of which the program without weights is a good part."""
+def test_needs_of_the_demo(demo_pte, demo_checkpoint):
+    """A small file, of which the program without weights is a good part; and 441 MiB at the peak were measured."""
     estimated = estimate(open_checkpoint(str(demo_checkpoint)), Recipe())
     assert estimated.output == pytest.approx(demo_pte.stat().st_size, rel=0.03)
     assert estimated.spool < estimated.output
+    assert 1.05 * 441 * MIB <= estimated.memory <= 1.25 * 441 * MIB
 
 
 def test_recipes_change_the_size():
@@ -54,11 +59,14 @@ def test_recipes_change_the_size():
     assert estimate(checkpoint, small()).output < usual < estimate(checkpoint, Recipe(vision="fp32")).output
 
 
-def test_a_file_is_mapped_while_it_is_read(demo_checkpoint):
-    checkpoint = open_checkpoint(str(demo_checkpoint))
-    assert checkpoint.size > 0
-    difference = estimate(checkpoint, Recipe()).memory - estimate(replace(checkpoint, size=0), Recipe()).memory
-    assert difference > preflight.MAPPED_BYTES
+@pytest.mark.parametrize(("name", "greatest"), [("mobilevlm-1.7b", 1319), ("mobilevlm-v2-1.7b", 1233)])
+def test_a_file_is_mapped_while_it_is_read(name, greatest):
+    """Measured with checkpoints in the published layouts, 2 bytes a weight."""
+    checkpoint = random_checkpoint(name)
+    weights = sum(math.prod(shape) for shape in parameter_shapes(checkpoint.config).values())
+    estimated = estimate(replace(checkpoint, size=2 * weights), Recipe()).memory
+    assert estimated - estimate(checkpoint, Recipe()).memory == pytest.approx(2 * 32000 * 2048, abs=1)
+    assert 1.05 * greatest * MIB <= estimated <= 1.25 * greatest * MIB
 
 
 def test_what_is_said():
@@ -102,9 +110,48 @@ def test_memory_of_the_machine(tmp_path):
             {"memory/x/memory.limit_in_bytes": "900\n", "memory/x/memory.usage_in_bytes": "100\n"},
             800,
         ),
+        (
+            "0::/a\n",
+            {
+                "a/memory.max": "3000000\n",
+                "a/memory.current": "2900000\n",
+                "a/memory.stat": "anon 400000\nfile 2500000\ninactive_file 2000000\nactive_file 300000\nshmem 200000\n",
+            },
+            2400000,
+        ),
+        (
+            "2:memory:/docker/x\n",
+            {
+                "memory/memory.limit_in_bytes": "900\n",
+                "memory/memory.usage_in_bytes": "850\n",
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 300\ntotal_active_file 200\n",
+            },
+            550,
+        ),
+        (
+            "2:memory:/\n",
+            {"memory/memory.limit_in_bytes": f"{2**63 - 4096}\n", "memory/memory.usage_in_bytes": "1\n"},
+            5000 * 1024,
+        ),
+        (
+            "0::/a/b\n",
+            {"a/b/memory.max": "100\n", "a/memory.max": "3000000\n", "a/memory.current": "1000000\n"},
+            2000000,
+        ),
         ("0::/\n", {"memory.max": "nonsense\n", "memory.current": "1\n"}, 5000 * 1024),
     ],
-    ids=["no limit", "limit", "limit of the group above", "exceeded", "version 1", "unreadable"],
+    ids=[
+        "no limit",
+        "limit",
+        "limit of the group above",
+        "exceeded",
+        "version 1",
+        "cached files",
+        "version 1, cached files, seen from inside",
+        "version 1, no limit",
+        "part of it unreadable",
+        "unreadable",
+    ],
 )
 def test_memory_of_a_control_group(cgroup, files, expected, tmp_path):
     tree = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
