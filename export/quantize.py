@@ -400,7 +400,8 @@ def template_layer(quantized: QuantizedCheckpoint, stack: str) -> tuple[nn.Modul
     """
     layer = quantized.model.get_submodule(stack)[0]
     generator = torch.Generator().manual_seed(0)
-    template = type(layer)(layer_config(quantized, stack)).eval().requires_grad_(False)
+    with torch.device("meta"):
+        template = type(layer)(layer_config(quantized, stack)).eval().requires_grad_(False)
     parts = {}
     for name, parameter in list(template.named_parameters()):
         tensor = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5

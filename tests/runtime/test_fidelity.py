@@ -16,7 +16,7 @@ from mvlm.export.pipeline import export_checkpoint
 from mvlm.export.quantize import quantize
 from mvlm.export.recipe import Recipe, mobile
 from mvlm.runtime import PteProgram
-from mvlm.runtime.fidelity import Row, Thresholds, check, compare_free, cosine, snr_db
+from mvlm.runtime.fidelity import Row, Thresholds, check, compare_free, cosine, nudged, reachable, snr_db
 from mvlm.runtime.preprocess import load_image
 from mvlm.runtime.test_pte import main
 
@@ -233,6 +233,23 @@ def test_snr_and_cosine():
     assert snr_db(reference, torch.tensor([3.0, float("nan")])) == -float("inf")
     assert cosine(reference, reference * 7) == pytest.approx(1)
     assert cosine(reference, torch.tensor([-4.0, 3.0])) == pytest.approx(0)
+
+
+def test_what_can_be_asked_of_a_file():
+    """No more than the reference's own repeatability, and never nothing."""
+    expected = torch.ones(4)
+    assert reachable(expected, expected, 35) == 35
+    assert reachable(expected, expected * 1.01, 35) == 35  # 40 dB
+    assert reachable(expected, expected * (1 + 10**-1.5), 35) == pytest.approx(27, abs=0.01)  # 30 dB
+    assert reachable(expected, expected * 2, 35) == 20
+    assert reachable(expected, expected * float("nan"), 35) == 20
+
+
+def test_nudging_changes_the_last_bit():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    steps = nudged(x).view(torch.int32) - x.view(torch.int32)
+    assert steps.unique().tolist() == [-1, 1]
+    assert torch.equal(nudged(x), nudged(x))
 
 
 @pytest.mark.parametrize(("lead", "passed"), [(0.05, True), (5.0, False)])
