@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -55,6 +56,13 @@ def captured(small_quantized: QuantizedCheckpoint) -> tuple[CapturedMethod, ...]
 
 
 @pytest.fixture(scope="session")
-def lowered(captured: tuple[CapturedMethod, ...]) -> Lowered:
+def lowered_with_nodes(captured: tuple[CapturedMethod, ...]) -> tuple[Lowered, dict[str, list[torch.fx.Node]]]:
+    """All methods, and the nodes of each as they are before a .pte is made of them, which changes the programs."""
+    lowered = lower(captured, Progress(quiet=True))
+    return lowered, {name: list(copy.deepcopy(program.graph).nodes) for name, program in lowered.programs.items()}
+
+
+@pytest.fixture(scope="session")
+def lowered(lowered_with_nodes: tuple[Lowered, dict[str, list[torch.fx.Node]]]) -> Lowered:
     """All methods. A lowered program can be made into a .pte once."""
-    return lower(captured, Progress(quiet=True))
+    return lowered_with_nodes[0]

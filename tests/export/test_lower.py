@@ -54,10 +54,11 @@ def test_all_linears_of_the_vision_encoder_are_delegated(lowered):
     assert embedding.left == {"quantized_decomposed.embedding_byte": 1}
 
 
-def test_what_is_counted_is_what_is_there(lowered):
+def test_what_is_counted_is_what_is_there(lowered_with_nodes):
     """The sums over pieces and layers, against the assembled programs."""
+    lowered, nodes_of = lowered_with_nodes
     for method in lowered.delegation:
-        nodes = list(lowered.programs[method.method].graph.nodes)
+        nodes = nodes_of[method.method]
         calls = [node for node in nodes if node.target is executorch_call_delegate]
         assert len(calls) == method.quantized + method.float32
         assert lowering._operators_left(nodes) == method.left
