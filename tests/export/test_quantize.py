@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -325,7 +326,10 @@ def test_tensor_by_tensor_is_the_same(recipe, checkpoint, float32, tmp_path):
     report = quantize(model, recipe)
     with Spool(tmp_path) as spool:
         result = quantize_checkpoint(checkpoint, recipe, spool, Progress(quiet=True))
-        assert {layer.name: layer for layer in result.layers} == {layer.name: layer for layer in report}
+        # The SNR is summed by as many threads as there are, in another order each time.
+        for ours, theirs in zip(result.layers, report, strict=True):
+            assert ours.snr_db == pytest.approx(theirs.snr_db, abs=1e-9)
+            assert replace(ours, snr_db=0.0) == replace(theirs, snr_db=0.0)
         expected = dict(model.named_parameters())
         stored = 0
         for stack, layers in result.stacks.items():
