@@ -26,15 +26,15 @@ BASE_MEMORY = 366 * _MIB
 BYTES_PER_HELD_FLOAT = 5
 #: Bytes for each weight of the largest tensor while it is quantized and packed, another one beside it on another core.
 BYTES_PER_LARGEST_WEIGHT = 11
-#: Bytes for each weight of the largest layer while it is captured: the template, in float32 and as XNNPACK stores it.
-BYTES_PER_LAYER_WEIGHT = 9
+#: Bytes for each weight of the largest layer while it is lowered: the template, as torchao and as XNNPACK hold it.
+BYTES_PER_LAYER_WEIGHT = 5
 #: What capturing and lowering take whatever the size: graphs, passes, delegates.
 LOWERING_MEMORY = 80 * _MIB
 #: Peaks of one and the same export differ by some percent; what is estimated is meant to be above them all.
 MEMORY_MARGIN = 1.12
 #: Seconds on two cores of 2021 (Zen 3): whatever the size, and for each weight.
 BASE_SECONDS = 40.0
-SECONDS_PER_WEIGHT = 35e-9
+SECONDS_PER_WEIGHT = 28e-9
 #: The program without weights: instructions, delegates and padding, of all that is no layer, and of each layer.
 PROGRAM_BYTES = 64 << 10
 PROGRAM_BYTES_PER_LAYER = 12 << 10
