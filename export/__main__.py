@@ -18,6 +18,7 @@ from mvlm.export.progress import Progress, quiet_libraries
 from mvlm.export.recipe import (
     EMBEDDING_BITS,
     GROUP_SIZES,
+    KV_CACHES,
     LM_HEAD_BITS,
     RECIPES,
     SCALE_ALGORITHMS,
@@ -28,7 +29,16 @@ from mvlm.export.recipe import (
 from mvlm.export.report import check_report_path
 
 #: Flags that change one field of the named recipe.
-RECIPE_FLAGS = ("group_size", "scales", "lm_head_bits", "embedding_bits", "vision", "max_context_len")
+RECIPE_FLAGS = (
+    "group_size",
+    "scales",
+    "lm_head_bits",
+    "embedding_bits",
+    "vision",
+    "kv_cache",
+    "max_context_len",
+    "prefill_chunk",
+)
 
 EPILOG = """\
 examples:
@@ -97,11 +107,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--embedding-bits", type=int, choices=EMBEDDING_BITS, help="of the token embedding (mobile: 8)")
     parser.add_argument("--vision", choices=VISION_WEIGHTS, help="weights of vision tower and projector (mobile: int8)")
+    parser.add_argument("--kv-cache", choices=KV_CACHES, help="type of the KV cache (mobile: int8)")
     parser.add_argument(
         "--max-context-len",
         type=int,
         metavar="N",
         help=f"positions for prompt, picture and answer together (default: {defaults.max_context_len})",
+    )
+    parser.add_argument(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="tokens that the language model reads at once; more take more memory for activations "
+        f"(default: {defaults.prefill_chunk}; a picture's at least)",
     )
     parser.add_argument(
         "--with-artifacts",

@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from mvlm.export.models import CLIPVisionTower, KVCache, MobileLlama, MobileVLM, TextDecoder, rope_tables
 from mvlm.export.quantize import QuantizedCheckpoint, StackedLayer, template_layer
+from mvlm.export.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class _VisionHead(nn.Module):
         self.embeddings = tower.embeddings
         self.pre_layrnorm = tower.pre_layrnorm
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.pre_layrnorm(self.embeddings(pixel_values))
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_1LV = self.pre_layrnorm(self.embeddings(pixel_values))
+        return hidden_1LV, torch.zeros_like(hidden_1LV)
 
 
 class _VisionTail(nn.Module):
@@ -75,8 +77,8 @@ class _VisionTail(nn.Module):
         super().__init__()
         self.mm_projector = model.mm_projector
 
-    def forward(self, hidden_1LV: Tensor) -> Tensor:
-        return self.mm_projector(hidden_1LV[:, 1:])
+    def forward(self, hidden_1LV: Tensor, branch_1LV: Tensor) -> Tensor:
+        return self.mm_projector((hidden_1LV + branch_1LV)[:, 1:])
 
 
 class VisionEncoder(nn.Module):
@@ -103,25 +105,20 @@ class TokenEmbedding(nn.Module):
 
 
 class _TextHead(nn.Module):
-    def __init__(self, head_dim: int, rope_theta: float, max_context_len: int) -> None:
-        super().__init__()
-        cos_CR, sin_CR = rope_tables(head_dim, max_context_len, rope_theta)
-        self.register_buffer("cos", cos_CR, persistent=False)
-        self.register_buffer("sin", sin_CR, persistent=False)
-
-    def forward(self, embeddings_1LD: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
-        positions_L = start_pos + torch.arange(embeddings_1LD.shape[1])
-        return self.cos[positions_L], self.sin[positions_L]
+    def forward(self, hidden_1LD: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_1LD)
 
 
 class _TextLayer(nn.Module):
-    def __init__(self, layer: nn.Module, cache: KVCache) -> None:
+    def __init__(self, layer: nn.Module, cache: KVCache, rope: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self.layer = layer
         self.cache = cache
+        self.register_buffer("cos", rope[0], persistent=False)
+        self.register_buffer("sin", rope[1], persistent=False)
 
-    def forward(self, hidden_1LD: Tensor, cos_LR: Tensor, sin_LR: Tensor, start_pos: Tensor) -> Tensor:
-        return self.layer(hidden_1LD, cos_LR, sin_LR, self.cache, start_pos)
+    def forward(self, hidden_1LD: Tensor, branch_1LD: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(hidden_1LD, branch_1LD, self.cos, self.sin, self.cache, start_pos)
 
 
 class _TextTail(nn.Module):
@@ -130,8 +127,8 @@ class _TextTail(nn.Module):
         self.norm = model.norm
         self.lm_head = model.lm_head
 
-    def forward(self, hidden_1LD: Tensor) -> Tensor:
-        return self.lm_head(self.norm(hidden_1LD[:, -1:]))
+    def forward(self, hidden_1LD: Tensor, branch_1LD: Tensor) -> Tensor:
+        return self.lm_head(self.norm.add(hidden_1LD[:, -1:], branch_1LD[:, -1:])[1])
 
 
 def _export(module: nn.Module, arguments: tuple[Tensor, ...], dynamic_shapes: Any = None) -> ExportedProgram:
@@ -139,8 +136,8 @@ def _export(module: nn.Module, arguments: tuple[Tensor, ...], dynamic_shapes: An
         return torch.export.export(module.eval(), arguments, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def _num_tokens(max_context_len: int) -> Dim:
-    return Dim("num_tokens", min=1, max=max_context_len)
+def _num_tokens(max_seq_len: int) -> Dim:
+    return Dim("num_tokens", min=1, max=max_seq_len)
 
 
 def capture_vision_encoder(model: MobileVLM) -> ExportedProgram:
@@ -149,17 +146,18 @@ def capture_vision_encoder(model: MobileVLM) -> ExportedProgram:
     return _export(VisionEncoder(model), (torch.zeros(1, 3, size, size),))
 
 
-def capture_token_embedding(model: MobileVLM, max_context_len: int) -> ExportedProgram:
+def capture_token_embedding(model: MobileVLM, recipe: Recipe) -> ExportedProgram:
     """The method as a whole."""
     ids = torch.zeros(1, 2, dtype=torch.int64)
-    return _export(TokenEmbedding(model), (ids,), {"ids": {1: _num_tokens(max_context_len)}})
+    return _export(TokenEmbedding(model), (ids,), {"ids": {1: _num_tokens(recipe.max_seq_len(model.config))}})
 
 
-def capture_text_decoder(model: MobileVLM, max_context_len: int) -> ExportedProgram:
+def capture_text_decoder(model: MobileVLM, recipe: Recipe) -> ExportedProgram:
     """The method as a whole."""
     arguments = (torch.zeros(1, 2, model.config.text.hidden_size), torch.zeros(1, dtype=torch.int64))
-    shapes = {"embeddings_1LD": {1: _num_tokens(max_context_len)}, "start_pos": None}
-    return _export(TextDecoder(model.language_model, max_context_len), arguments, shapes)
+    shapes = {"embeddings_1LD": {1: _num_tokens(recipe.max_seq_len(model.config))}, "start_pos": None}
+    decoder = TextDecoder(model.language_model, recipe.max_context_len, recipe.kv_cache)
+    return _export(decoder, arguments, shapes)
 
 
 def _layer_piece(
@@ -174,57 +172,55 @@ def _layer_piece(
     template, parameter_bytes = template_layer(quantized, stack)
     program = _export(wrap(template), arguments, dynamic_shapes)
     layers = tuple(quantized.stacks[stack])
-    return Piece(stack, program, inputs, ("hidden",), layers, parameter_prefix, parameter_bytes)
+    return Piece(stack, program, inputs, ("hidden", "branch"), layers, parameter_prefix, parameter_bytes)
 
 
 def _vision_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
     model, config = quantized.model, quantized.model.config.vision
     pixels = torch.zeros(1, 3, config.image_size, config.image_size)
-    hidden = torch.zeros(1, config.num_patches + 1, config.hidden_size)
-    pieces = [Piece("vision_head", _export(_VisionHead(model.vision_tower), (pixels,)), ("pixel_values",), ("hidden",))]
+    # Two tensors: one given twice would be captured as one argument.
+    shape = (1, config.num_patches + 1, config.hidden_size)
+    stream = (torch.zeros(shape), torch.zeros(shape))
+    names = ("hidden", "branch")
+    pieces = [Piece("vision_head", _export(_VisionHead(model.vision_tower), (pixels,)), ("pixel_values",), names)]
     stack = "vision_tower.encoder.layers"
     if stack in quantized.stacks:
-        pieces.append(_layer_piece(quantized, stack, lambda layer: layer, (hidden,), None, ("hidden",), ""))
-    pieces.append(Piece("vision_tail", _export(_VisionTail(model), (hidden,)), ("hidden",), ("image_embeddings",)))
+        pieces.append(_layer_piece(quantized, stack, lambda layer: layer, stream, None, names, ""))
+    pieces.append(Piece("vision_tail", _export(_VisionTail(model), stream), names, ("image_embeddings",)))
     return tuple(pieces)
 
 
 def _text_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
-    model, config = quantized.model.language_model, quantized.model.config.text
-    max_context_len = quantized.recipe.max_context_len
-    num_tokens = _num_tokens(max_context_len)
-    hidden = torch.zeros(1, 2, config.hidden_size)
-    # Two tensors: one given twice would be captured as one argument.
-    cos, sin = torch.zeros(2, config.head_dim // 2), torch.zeros(2, config.head_dim // 2)
+    model, config, recipe = quantized.model.language_model, quantized.model.config.text, quantized.recipe
+    num_tokens = _num_tokens(recipe.max_seq_len(quantized.model.config))
+    stream = (torch.zeros(1, 2, config.hidden_size), torch.zeros(1, 2, config.hidden_size))
     start_pos = torch.zeros(1, dtype=torch.int64)
-    head = _export(
-        _TextHead(config.head_dim, config.rope_theta, max_context_len),
-        (hidden, start_pos),
-        {"embeddings_1LD": {1: num_tokens}, "start_pos": None},
-    )
+    dynamic = {"hidden_1LD": {1: num_tokens}, "branch_1LD": {1: num_tokens}}
+    head = _export(_TextHead(), stream[:1], {"hidden_1LD": {1: num_tokens}})
+    rope = rope_tables(config.head_dim, recipe.max_context_len, config.rope_theta)
     layer = _layer_piece(
         quantized,
         "language_model.layers",
-        lambda layer: _TextLayer(layer, KVCache(config, max_context_len)),
-        (hidden, cos, sin, start_pos),
-        {"hidden_1LD": {1: num_tokens}, "cos_LR": {0: num_tokens}, "sin_LR": {0: num_tokens}, "start_pos": None},
-        ("hidden", "cos", "sin", "start_pos"),
+        lambda layer: _TextLayer(layer, KVCache(config, recipe.max_context_len, recipe.kv_cache), rope),
+        (*stream, start_pos),
+        dynamic | {"start_pos": None},
+        ("hidden", "branch", "start_pos"),
         "layer.",
     )
-    tail = _export(_TextTail(model), (hidden,), {"hidden_1LD": {1: num_tokens}})
+    tail = _export(_TextTail(model), stream, dynamic)
     return (
-        Piece("text_head", head, ("hidden", "start_pos"), ("cos", "sin")),
+        Piece("text_head", head, ("hidden",), ("branch",)),
         layer,
-        Piece("text_tail", tail, ("hidden",), ("logits",)),
+        Piece("text_tail", tail, ("hidden", "branch"), ("logits",)),
     )
 
 
 def capture(quantized: QuantizedCheckpoint) -> tuple[CapturedMethod, ...]:
-    """All methods in pieces; the number of tokens is dynamic, 1 .. ``max_context_len``."""
+    """All methods in pieces; the number of tokens is dynamic, 1 .. ``recipe.max_seq_len()``."""
     methods = []
     if quantized.model.config.vision is not None:
         methods.append(CapturedMethod(VISION_ENCODER, _vision_pieces(quantized), ("pixel_values",), "image_embeddings"))
-    embedding = capture_token_embedding(quantized.model, quantized.recipe.max_context_len)
+    embedding = capture_token_embedding(quantized.model, quantized.recipe)
     methods.append(
         CapturedMethod(
             TOKEN_EMBEDDING, (Piece("token_embedding", embedding, ("ids",), ("embeddings",)),), ("ids",), "embeddings"

@@ -8,8 +8,10 @@ are ours, for all that such a runner leaves to the application.
 
 A language model alone has no method :data:`VISION_ENCODER` and none of :data:`IMAGE_CONSTANT_METHODS`, marker and
 prefix included: nothing in its prompt stands for a picture, and ``<image>`` in a question is text like any other.
-All other models have all of them; a file with only some is broken. Files of models with pictures did not change when
-language models alone were added, and a reader of before says of such a file what it lacks, so the format is still 1.
+All other models have all of them; a file with only some is broken.
+
+Format 2: the language model reads a long prompt in steps of ``get_max_seq_len`` tokens, the operators are others, and
+:data:`PROGRAM_ID` is new.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-#: Version of this contract; a reader refuses a file with a greater one.
-FORMAT_VERSION = 1
+#: Version of this contract; a reader refuses a file with another one.
+FORMAT_VERSION = 2
 
 VISION_ENCODER = "vision_encoder"
 TOKEN_EMBEDDING = "token_embedding"
@@ -26,6 +28,10 @@ TEXT_DECODER = "text_decoder"
 
 #: Constant method that holds the SentencePiece model file, a uint8 tensor [bytes].
 TOKENIZER = "mvlm_tokenizer"
+
+#: Constant method that tells one program from every other: ``sha256:`` and a hash over its delegates, the keys of their
+#: weights (hashes themselves) and its metadata. What a runner derives from a program, it files under this.
+PROGRAM_ID = "mvlm_program_id"
 
 #: Where the question goes in :attr:`Metadata.prompt_template`.
 PROMPT_PLACEHOLDER = "{prompt}"
@@ -52,13 +58,14 @@ class ImageProcessing:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an mvlm ``.pte`` says about itself, apart from its tokenizer.
+    """What an mvlm ``.pte`` says about itself, apart from its tokenizer and its id.
 
     Attributes:
         model_name: what people call the checkpoint.
         checkpoint_id: ``sha256:`` and the hash over the checkpoint's files.
         mvlm_version: version of the exporter.
         recipe: the recipe as a JSON object.
+        max_seq_len: tokens that one call of ``text_decoder`` or ``token_embedding`` takes at the most.
         max_context_len: positions of the KV cache.
         vocab_size: width of the logits.
         bos_id: token id that opens every prompt.
@@ -75,6 +82,7 @@ class Metadata:
     checkpoint_id: str
     mvlm_version: str
     recipe: str
+    max_seq_len: int
     max_context_len: int
     vocab_size: int
     bos_id: int
@@ -99,9 +107,9 @@ class Metadata:
             )
 
     def to_constant_methods(self) -> dict[str, Any]:
-        """Name -> value of every constant method but the tokenizer."""
+        """Name -> value of every constant method but the tokenizer and :data:`PROGRAM_ID`."""
         values = {
-            "get_max_seq_len": self.max_context_len,
+            "get_max_seq_len": self.max_seq_len,
             "get_max_context_len": self.max_context_len,
             "get_bos_id": self.bos_id,
             "get_eos_ids": list(self.eos_ids),
@@ -137,12 +145,11 @@ class Metadata:
             ValueError: ``values`` lacks a name, has some but not all of :data:`IMAGE_CONSTANT_METHODS`, or the file is
                 of a newer format.
         """
-        # The version first: a newer format may lack what this one must have.
-        if values.get("mvlm_format_version", FORMAT_VERSION) > FORMAT_VERSION:
-            raise ValueError(
-                f"the file is of format {values['mvlm_format_version']}, this mvlm reads up to {FORMAT_VERSION}: "
-                "install a newer mvlm"
-            )
+        # The version first: another format may lack what this one must have.
+        version = values.get("mvlm_format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            advice = "install a newer mvlm" if version > FORMAT_VERSION else "export it again"
+            raise ValueError(f"the file is of format {version}, this mvlm reads format {FORMAT_VERSION}: {advice}")
         has_image = any(name in values for name in IMAGE_CONSTANT_METHODS)
         required = [name for name in CONSTANT_METHODS if has_image or name not in IMAGE_CONSTANT_METHODS]
         missing = [name for name in required if name not in values]
@@ -162,6 +169,7 @@ class Metadata:
             checkpoint_id=values["mvlm_checkpoint_id"],
             mvlm_version=values["mvlm_version"],
             recipe=values["mvlm_recipe"],
+            max_seq_len=values["get_max_seq_len"],
             max_context_len=values["get_max_context_len"],
             vocab_size=values["get_vocab_size"],
             bos_id=values["get_bos_id"],
@@ -183,7 +191,7 @@ def _constant_method_names(image: ImageProcessing | None) -> tuple[str, ...]:
     return tuple(example.to_constant_methods())
 
 
-#: Names of all constant methods but the tokenizer.
+#: Names of all constant methods but the tokenizer and :data:`PROGRAM_ID`.
 CONSTANT_METHODS = _constant_method_names(ImageProcessing(0, (0, 0, 0), (1, 1, 1), (0, 0, 0), 0))
 
 #: Those of them that a language model alone does not have.

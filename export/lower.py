@@ -30,6 +30,7 @@ from mvlm.export.assemble import assemble
 from mvlm.export.capture import CapturedMethod
 from mvlm.export.contract import TEXT_DECODER, VISION_ENCODER
 from mvlm.export.errors import ExportError
+from mvlm.export.linear_specs import describe_linears
 from mvlm.export.progress import Progress
 
 DELEGATED_METHODS = (VISION_ENCODER, TEXT_DECODER)
@@ -232,6 +233,7 @@ def lower(methods: Sequence[CapturedMethod], progress: Progress) -> Lowered:
             done += 1
             progress.share(done / total)
         programs[method.name] = assemble(replace(method, pieces=tuple(pieces)))
+        describe_linears(programs[method.name])
         delegation.append(_sum(method.name, parts))
     return Lowered(programs, tuple(delegation))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
+from executorch.exir.delegate import executorch_call_delegate
 
 from mvlm.export.checkpoint import Checkpoint
-from mvlm.export.contract import TOKENIZER, ImageProcessing, Metadata
+from mvlm.export.contract import PROGRAM_ID, TOKENIZER, ImageProcessing, Metadata
 from mvlm.export.files import atomic_write
 from mvlm.export.lower import EDGE_COMPILE_CONFIG, Lowered
 from mvlm.export.recipe import Recipe
@@ -41,6 +43,7 @@ def describe(checkpoint: Checkpoint, recipe: Recipe) -> Metadata:
         checkpoint_id=checkpoint.checkpoint_id,
         mvlm_version=version("mvlm"),
         recipe=recipe.to_json(),
+        max_seq_len=recipe.max_seq_len(config),
         max_context_len=recipe.max_context_len,
         vocab_size=config.text.vocab_size,
         bos_id=checkpoint.bos_id,
@@ -53,10 +56,24 @@ def describe(checkpoint: Checkpoint, recipe: Recipe) -> Metadata:
     )
 
 
-def constant_methods(metadata: Metadata, tokenizer: bytes) -> dict[str, Any]:
+def program_id(lowered: Lowered, metadata: Metadata) -> str:
+    """The value of :data:`PROGRAM_ID`: the same for the same checkpoint, recipe and versions."""
+    digest = hashlib.sha256(json.dumps(asdict(metadata), sort_keys=True).encode())
+    for package in ("executorch", "torch", "torchao"):
+        digest.update(f"{package} {version(package)}\0".encode())
+    for name, program in lowered.programs.items():
+        digest.update(f"{name}\0".encode())
+        for node in program.graph.nodes:
+            if node.target is executorch_call_delegate:
+                # The keys of its weights are in it.
+                digest.update(getattr(program.graph_module, node.args[0].target).processed_bytes)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def constant_methods(metadata: Metadata, tokenizer: bytes, program_id: str) -> dict[str, Any]:
     """All constant methods of the .pte, the tokenizer among them."""
     tokenizer_tensor = torch.from_numpy(np.frombuffer(tokenizer, dtype=np.uint8).copy())
-    return metadata.to_constant_methods() | {TOKENIZER: tokenizer_tensor}
+    return metadata.to_constant_methods() | {PROGRAM_ID: program_id, TOKENIZER: tokenizer_tensor}
 
 
 def write_pte(lowered: Lowered, constant_methods: Mapping[str, Any], path: Path) -> int:

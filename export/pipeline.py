@@ -12,7 +12,7 @@ from mvlm.export.contract import Metadata
 from mvlm.export.errors import ExportError
 from mvlm.export.files import check_writable
 from mvlm.export.lower import delegation_table, lower
-from mvlm.export.package import constant_methods, describe, write_pte
+from mvlm.export.package import constant_methods, describe, program_id, write_pte
 from mvlm.export.progress import Progress
 from mvlm.export.quantize import meta_model, quantize_checkpoint, schemes_of, smaller_groups
 from mvlm.export.recipe import Recipe
@@ -93,7 +93,8 @@ def export_checkpoint(
         # Of the captured programs only what the lowered ones share is still needed.
         del methods, quantized
         with progress.stage("plan memory and write"):
-            size = write_pte(lowered, constant_methods(metadata, checkpoint.tokenizer), path)
+            constants = constant_methods(metadata, checkpoint.tokenizer, program_id(lowered, metadata))
+            size = write_pte(lowered, constants, path)
     return Exported(path, size, metadata, checkpoint.tokenizer, report)
 
 

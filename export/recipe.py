@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from mvlm.export.errors import ExportError
+
+if TYPE_CHECKING:
+    from mvlm.export.models import MobileVLMConfig
 
 #: ``--scales``: how the scale of a group of weights is chosen -> torchao's name of the algorithm.
 SCALE_ALGORITHMS = {"affine": "affine", "hqq": "hqq_scale_only"}
@@ -13,6 +17,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 LM_HEAD_BITS = (4, 8)
 EMBEDDING_BITS = (4, 8, 32)
 VISION_WEIGHTS = ("int4", "int8", "fp32")
+KV_CACHES = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,10 @@ class Recipe:
         embedding_bits: of the token embedding: 8 (one scale per token), 4 (in groups of 32) or 32 (float32).
         vision: weights of the vision tower's and the projector's linears: ``int8`` (one scale per output channel),
             ``int4`` (in groups) or ``fp32``.
+        kv_cache: how keys and values are remembered: ``int8`` (one scale per token and head), ``fp16`` or ``fp32``.
         max_context_len: positions of the KV cache: prompt, picture and answer together.
+        prefill_chunk: tokens that the language model reads at once; a longer prompt is read in several steps. Memory
+            for activations grows with it.
     """
 
     name: str = "mobile"
@@ -37,7 +45,9 @@ class Recipe:
     lm_head_bits: int = 4
     embedding_bits: int = 8
     vision: str = "int8"
+    kv_cache: str = "int8"
     max_context_len: int = 768
+    prefill_chunk: int = 256
 
     def __post_init__(self) -> None:
         for what, value, allowed in (
@@ -46,6 +56,7 @@ class Recipe:
             ("bits of lm_head", self.lm_head_bits, LM_HEAD_BITS),
             ("bits of the embedding", self.embedding_bits, EMBEDDING_BITS),
             ("vision weights", self.vision, VISION_WEIGHTS),
+            ("KV cache", self.kv_cache, KV_CACHES),
         ):
             if value not in allowed:
                 raise ExportError(f"{what}: {value!r} is not possible; choose one of {', '.join(map(str, allowed))}")
@@ -53,6 +64,15 @@ class Recipe:
             raise ExportError(
                 f"max context length {self.max_context_len} is too short: a prompt and an answer need 2 at least"
             )
+        if self.prefill_chunk < 1:
+            raise ExportError(f"prefill chunk {self.prefill_chunk} is not possible: one token at least is read at once")
+
+    def max_seq_len(self, config: MobileVLMConfig) -> int:
+        """Tokens of a call of ``text_decoder`` at the most.
+
+        A picture's fit at least, because ExecuTorch's own multimodal runner hands them over in one call.
+        """
+        return min(self.max_context_len, max(self.prefill_chunk, config.num_image_tokens))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -71,7 +91,7 @@ class Recipe:
 
 
 def mobile() -> Recipe:
-    """For phones: 8da4w language model, 8-bit embedding, int8 vision, 768 positions."""
+    """For phones: 8da4w language model, 8-bit embedding, int8 vision and KV cache, 768 positions."""
     return Recipe()
 
 
@@ -81,8 +101,8 @@ def small() -> Recipe:
 
 
 def accurate() -> Recipe:
-    """The closest to float32 that is still fast: fine groups and an 8-bit lm_head; a tenth more bytes."""
-    return Recipe(name="accurate", group_size=32, lm_head_bits=8)
+    """The closest to float32 that is still fast: fine groups, 8-bit lm_head, fp16 KV cache; a tenth more bytes."""
+    return Recipe(name="accurate", group_size=32, lm_head_bits=8, kv_cache="fp16")
 
 
 #: Named recipes, for the command line.

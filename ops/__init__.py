@@ -9,7 +9,24 @@ exported program that uses them from Python also needs the kernels:
 This package knows nothing of models, exporting or the .pte file.
 """
 
+from .activation import quick_gelu, swiglu
+from .attention import attention
+from .depthwise_conv2d import depthwise_conv2d
 from .native import load_native_library, native_library_path
-from .sdpa_with_kv_cache import sdpa_with_kv_cache
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .sdpa_with_kv_cache import sdpa_with_int8_kv_cache, sdpa_with_kv_cache
 
-__all__ = ["load_native_library", "native_library_path", "sdpa_with_kv_cache"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "depthwise_conv2d",
+    "layer_norm",
+    "load_native_library",
+    "native_library_path",
+    "quick_gelu",
+    "rms_norm",
+    "sdpa_with_int8_kv_cache",
+    "sdpa_with_kv_cache",
+    "swiglu",
+]

@@ -12,9 +12,9 @@
 
 namespace mvlm::contract {
 
-// The layout of names and values that this runner understands. A .pte says its own in
-// `mvlm_format_version`.
-inline constexpr int64_t kFormatVersion = 1;
+// The layout of names and values that this runner understands, and no other. A .pte says its own
+// in `mvlm_format_version`. (1 had other operators, and took a prompt of any length in one call.)
+inline constexpr int64_t kFormatVersion = 2;
 
 // Methods. kVisionEncoder only of a model that takes pictures.
 inline constexpr char kVisionEncoder[] = "vision_encoder";
@@ -34,6 +34,7 @@ inline constexpr char kEnableDynamicShape[] = "enable_dynamic_shape";
 // Constant methods of mvlm's own.
 inline constexpr char kFormat[] = "mvlm_format_version";
 inline constexpr char kVersion[] = "mvlm_version";
+inline constexpr char kProgramId[] = "mvlm_program_id";
 inline constexpr char kModelName[] = "mvlm_model_name";
 inline constexpr char kCheckpointId[] = "mvlm_checkpoint_id";
 inline constexpr char kRecipe[] = "mvlm_recipe";

@@ -3,6 +3,9 @@
 
 #pragma once
 
+#include <executorch/runtime/core/error.h>
+
+#include <cstdint>
 #include <string>
 
 namespace mvlm {
@@ -14,5 +17,12 @@ void CatchExecuTorchLog();
 // The latest errors that ExecuTorch logged since the last call, joined by "; ", and forgets them.
 // Empty if there were none. Thread-safe.
 std::string TakeExecuTorchErrors();
+
+// What ExecuTorch had to say about an error of its own: its name and TakeExecuTorchErrors().
+std::string ExplainExecuTorchError(executorch::runtime::Error error);
+
+// How many files of packed weights the XNNPACK backend has said to have mapped, since the first
+// CatchExecuTorchLog(). Thread-safe.
+int64_t CountMappedWeightFiles();
 
 }  // namespace mvlm

@@ -14,22 +14,6 @@
 namespace mvlm {
 namespace {
 
-class FileDescriptor {
- public:
-  explicit FileDescriptor(int fd) : fd_(fd) {}
-  FileDescriptor(const FileDescriptor&) = delete;
-  FileDescriptor& operator=(const FileDescriptor&) = delete;
-  ~FileDescriptor() {
-    if (fd_ >= 0) {
-      close(fd_);
-    }
-  }
-  int get() const { return fd_; }
-
- private:
-  int fd_;
-};
-
 bool WriteAll(int fd, std::string_view content) {
   while (!content.empty()) {
     const ssize_t written = write(fd, content.data(), content.size());
@@ -52,6 +36,28 @@ mode_t NewFileMode() {
 }
 
 }  // namespace
+
+bool FileDescriptor::Close() {
+  const int fd = std::exchange(fd_, -1);
+  return fd < 0 || close(fd) == 0;
+}
+
+Result<std::string> ReadAt(int fd, uint64_t offset, size_t size) {
+  std::string content(size, '\0');
+  size_t filled = 0;
+  while (filled < size) {
+    const ssize_t count =
+        pread(fd, content.data() + filled, size - filled, static_cast<off_t>(offset + filled));
+    if (count < 0 && errno == EINTR) {
+      continue;
+    }
+    if (count <= 0) {
+      return InvalidInput(count < 0 ? std::strerror(errno) : "the file ends early");
+    }
+    filled += static_cast<size_t>(count);
+  }
+  return content;
+}
 
 Result<std::string> ReadFile(const std::string& path, uint64_t max_bytes) {
   // O_NONBLOCK, so that a named pipe is refused below instead of waited for.
@@ -97,52 +103,69 @@ Result<PendingFile> PendingFile::Create(const std::string& path) {
     if (S_ISDIR(info.st_mode)) {
       return InvalidInput(StrCat("cannot write ", path, ": it is a folder; name a file"));
     }
-    const int fd = open(path.c_str(), O_WRONLY | O_CLOEXEC);
-    if (fd < 0) {
+    FileDescriptor file(open(path.c_str(), O_WRONLY | O_CLOEXEC));
+    if (file.get() < 0) {
       return InvalidInput(StrCat("cannot write ", path, ": ", std::strerror(errno)));
     }
-    return PendingFile(path, "", fd);
+    return PendingFile(path, "", std::move(file));
   }
   // Beside the target, because rename(2) does not cross file systems.
   std::string temporary_path = path + ".XXXXXX";
-  const int fd = mkstemp(temporary_path.data());
-  if (fd < 0) {
+  FileDescriptor file(mkostemp(temporary_path.data(), O_CLOEXEC));
+  if (file.get() < 0) {
     return InvalidInput(StrCat("cannot write ", path, ": ", std::strerror(errno)));
   }
-  return PendingFile(path, std::move(temporary_path), fd);
+  return PendingFile(path, std::move(temporary_path), std::move(file));
 }
 
-PendingFile::PendingFile(std::string path, std::string temporary_path, int fd)
-    : path_(std::move(path)), temporary_path_(std::move(temporary_path)), fd_(fd) {}
+PendingFile::PendingFile(std::string path, std::string temporary_path, FileDescriptor file)
+    : path_(std::move(path)), temporary_path_(std::move(temporary_path)), file_(std::move(file)) {}
 
 PendingFile::PendingFile(PendingFile&& other) noexcept
     : path_(std::move(other.path_)),
       temporary_path_(std::move(other.temporary_path_)),
-      fd_(std::exchange(other.fd_, -1)) {
+      file_(std::move(other.file_)) {
   other.temporary_path_.clear();
 }
 
 PendingFile::~PendingFile() {
-  if (fd_ >= 0) {
-    close(fd_);
-  }
   if (!temporary_path_.empty()) {
     unlink(temporary_path_.c_str());
   }
 }
 
-Status PendingFile::Commit(std::string_view content) {
-  bool written = WriteAll(fd_, content);
+Status PendingFile::Reserve(uint64_t bytes) {
+#ifdef __linux__
+  // Not posix_fallocate(3): where the file system cannot, that writes every block.
+  if (fallocate(file_.get(), 0, 0, static_cast<off_t>(bytes)) != 0 &&
+      (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) {
+    return CannotWrite();
+  }
+#endif
+  return {};
+}
+
+Status PendingFile::Append(std::string_view content) {
+  return WriteAll(file_.get(), content) ? Status() : CannotWrite();
+}
+
+Status PendingFile::Commit(std::string_view content, bool durable) {
+  bool written = WriteAll(file_.get(), content);
   if (!temporary_path_.empty()) {
-    written = written && fchmod(fd_, NewFileMode()) == 0;
-    written = close(std::exchange(fd_, -1)) == 0 && written;
+    written = written && fchmod(file_.get(), NewFileMode()) == 0;
+    written = written && (!durable || fsync(file_.get()) == 0);
+    written = written && file_.Close();
     written = written && rename(temporary_path_.c_str(), path_.c_str()) == 0;
   }
   if (!written) {
-    return Failure(StrCat("cannot write ", path_, ": ", std::strerror(errno)));
+    return CannotWrite();
   }
   temporary_path_.clear();  // it has another name now: nothing to remove
   return {};
+}
+
+Status PendingFile::CannotWrite() const {
+  return Failure(StrCat("cannot write ", path_, ": ", std::strerror(errno)));
 }
 
 }  // namespace mvlm

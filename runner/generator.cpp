@@ -26,6 +26,31 @@ Result<std::vector<float>> EmbedPrompt(Model& model, const GenerationRequest& re
   return embeddings;
 }
 
+// Runs the model over the prompt, whose calls go into `steps`. Nothing if it was interrupted.
+Result<std::optional<Logits>> Prefill(Model& model, const GenerationRequest& request,
+                                      std::vector<int64_t>* steps) {
+  const Result<std::vector<float>> prompt = EmbedPrompt(model, request);
+  if (!prompt.ok()) {
+    return prompt.error();
+  }
+  std::optional<Logits> last;
+  int64_t position = 0;
+  for (const int64_t n : PrefillSteps(request.prompt.positions(), model.metadata().max_seq_len)) {
+    if (position > 0 && request.interrupted) {
+      return std::optional<Logits>();
+    }
+    const Result<Logits> logits =
+        model.DecodeText(prompt->data() + position * model.hidden_size(), n, position);
+    if (!logits.ok()) {
+      return logits.error();
+    }
+    last = *logits;
+    position += n;
+    steps->push_back(n);
+  }
+  return last;
+}
+
 // From tokens to what on_text() gets.
 class TextOutput {
  public:
@@ -88,12 +113,14 @@ std::string_view ToString(StopReason reason) {
 Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& sampler,
                             const GenerationRequest& request) {
   const Metadata& metadata = model.metadata();
-  TextOutput output(tokenizer, metadata.stop_strings, request.on_text);
+  TextOutput output(tokenizer,
+                    request.ignore_eos ? std::vector<std::string>() : metadata.stop_strings,
+                    request.on_text);
   Generation generation;
 
-  const auto is_end = [&metadata](int64_t token) {
-    return std::find(metadata.eos_ids.begin(), metadata.eos_ids.end(), token) !=
-           metadata.eos_ids.end();
+  const auto is_end = [&](int64_t token) {
+    return !request.ignore_eos && std::find(metadata.eos_ids.begin(), metadata.eos_ids.end(),
+                                            token) != metadata.eos_ids.end();
   };
   // Why to stop after the newest token of the answer, if at all.
   const auto stop_reason = [&]() -> std::optional<StopReason> {
@@ -113,13 +140,18 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
   };
 
   const Stopwatch prefill;
-  const Result<std::vector<float>> prompt = EmbedPrompt(model, request);
-  if (!prompt.ok()) {
-    return prompt.error();
+  const Result<std::optional<Logits>> after_prompt =
+      Prefill(model, request, &generation.prefill_steps);
+  if (!after_prompt.ok()) {
+    return after_prompt.error();
   }
-  Result<Logits> logits = model.DecodeText(*prompt, 0);
   generation.prefill_ms = prefill.ms();
+  if (!after_prompt->has_value()) {
+    generation.reason = StopReason::kInterrupted;
+    return generation;
+  }
 
+  Result<Logits> logits = **after_prompt;
   int64_t position = request.prompt.positions();
   std::vector<float> embedding;
   std::optional<StopReason> reason;
@@ -152,7 +184,7 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
     if (Status status = model.EmbedTokens({*token}, &embedding); !status.ok()) {
       return status.error();
     }
-    logits = model.DecodeText(embedding, position);
+    logits = model.DecodeText(embedding.data(), 1, position);
     ++position;
     ++generation.decode_tokens;
   }

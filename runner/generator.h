@@ -29,11 +29,12 @@ enum class StopReason {
 std::string_view ToString(StopReason reason);
 
 struct Generation {
-  std::vector<int64_t> tokens;  // of the answer, without the end token
+  std::vector<int64_t> tokens;  // of the answer, without an end token that ended it
   StopReason reason = StopReason::kMaxNewTokens;
-  double prefill_ms = 0;      // embedding the prompt and running the model over it
-  double first_token_ms = 0;  // until the first token was sampled; 0 if none was
-  double decode_ms = 0;       // running the model over the tokens after that
+  double prefill_ms = 0;               // embedding the prompt and running the model over it
+  std::vector<int64_t> prefill_steps;  // positions in each of the calls that took
+  double first_token_ms = 0;           // until the first token was sampled; 0 if none was
+  double decode_ms = 0;                // running the model over the tokens after that
   int64_t decode_tokens = 0;  // how many times it ran in decode_ms: the first token is prefill's
 };
 
@@ -41,6 +42,7 @@ struct GenerationRequest {
   const TokenizedPrompt& prompt;
   const std::vector<float>& image_embeddings;  // [prompt.image_tokens, hidden]; may be empty
   int64_t max_new_tokens = 1;                  // >= 1; prompt and new tokens fit into the KV cache
+  bool ignore_eos = false;                     // end tokens and stop strings are tokens like others
   // Called with parts of the answer as soon as they are certain: never empty, whole UTF-8
   // characters, no white space at the answer's ends, nothing from a stop string on. Returns
   // whether more is wanted.
@@ -49,8 +51,9 @@ struct GenerationRequest {
   const std::atomic<bool>& interrupted;
 };
 
-// Runs the model over the whole prompt in one call and then over one token at a time. All of the
-// text was passed to on_text() when this returns, also when it was interrupted.
+// Runs the model over the whole prompt, in as few calls as its max_seq_len allows, and then over
+// one token at a time. All of the text was passed to on_text() when this returns, also when it was
+// interrupted.
 //
 // Failure if the model fails or gives logits that are not finite.
 Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& sampler,

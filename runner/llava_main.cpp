@@ -24,6 +24,11 @@ constexpr char kExamples[] = R"(Examples:
       --temperature 0 --max_new_tokens 32 --quiet > answer.txt
   llava_main --model_path mobilevlm.pte --prompt "Tell me a story." \
       --temperature 0.7 --top_p 0.9 --seed 1 --cpu_threads 4 --stats_path stats.json
+  llava_main --model_path mobilevlm.pte --prepare
+
+The weight cache: the first run lays the weights out for this processor, which takes seconds, and
+keeps them in files as large as the weights; later runs start at once, and with less memory. A file
+is made anew whenever .pte, processor or library are others, and can be removed at any time.
 
 The answer goes to stdout, everything else to stderr. Exit code: 0 for an answer, 2 if the flags
 or files are at fault, 1 for a failure, 130 if stopped with Ctrl-C.
@@ -37,7 +42,8 @@ std::string VersionText() {
 
 // What a flag takes before it is an Options field.
 struct RawFlags {
-  std::string workspace_sharing = "global";
+  std::string workspace_sharing;
+  std::string linear_kernels = "auto";
 };
 
 // CLI11 would wrap a negative seed around and cut a too large one.
@@ -56,14 +62,20 @@ mvlm::WorkspaceSharing ToWorkspaceSharing(const std::string& name) {
                            : WorkspaceSharing::kGlobal;
 }
 
+mvlm::LinearKernels ToLinearKernels(const std::string& name) {
+  using mvlm::LinearKernels;
+  return name == "xnnpack" ? LinearKernels::kXnnpack
+         : name == "mvlm"  ? LinearKernels::kMvlm
+                           : LinearKernels::kAuto;
+}
+
 void AddFlags(CLI::App& app, mvlm::Options& options, RawFlags& raw) {
   app.add_option("--model_path", options.model_path, "The .pte, made with python -m mvlm.export")
       ->required()
       ->type_name("FILE");
   app.add_option("--prompt", options.prompt,
                  "The question, e.g. \"What is in the image?\". The picture goes before it, or "
-                 "where it says <image>")
-      ->required()
+                 "where it says <image>. Required, but for --prepare")
       ->type_name("TEXT");
   app.add_option("--image_path", options.image_path,
                  "A JPEG or PNG picture; without one the model only reads the prompt. A .pte "
@@ -99,10 +111,30 @@ void AddFlags(CLI::App& app, mvlm::Options& options, RawFlags& raw) {
       ->type_name("N");
   app.add_option("--workspace_sharing", raw.workspace_sharing,
                  "How the parts of the model share scratch memory: off, model (within one method) "
-                 "or global (all; least memory) [global]")
+                 "or global (all) [global; model with --low_memory]")
       ->check(CLI::IsMember({"off", "model", "global"}).description(""))
       ->type_name("MODE");
+  app.add_option("--linear_kernels", raw.linear_kernels,
+                 "Whose kernels multiply with the quantized weights: xnnpack, mvlm, or auto, which "
+                 "takes ours where they are faster, on x86 CPUs without VNNI [auto]")
+      ->check(CLI::IsMember({"auto", "xnnpack", "mvlm"}).description(""))
+      ->type_name("WHOSE");
+  app.add_option("--weight_cache", options.weight_cache,
+                 "Where to keep weights laid out for this processor: auto ($XDG_CACHE_HOME/mvlm or "
+                 "~/.cache/mvlm), off, or a folder, which is made if need be [auto]")
+      ->type_name("auto|off|FOLDER");
+  app.add_flag("--prepare", options.prepare,
+               "Only fill the weight cache, so that the first answer starts at once too");
+  app.add_flag("--low_memory", options.low_memory,
+               "Load the language model only when the picture is encoded and the vision encoder "
+               "has left memory");
+  app.add_flag("--ignore_eos", options.ignore_eos,
+               "Go on after end tokens and stop strings, until --max_new_tokens: for benchmarks");
   app.add_option("--stats_path", options.stats_path, "Write times, memory and versions as JSON")
+      ->type_name("FILE");
+  app.add_option("--etdump", options.etdump_path,
+                 "Write what ran inside the model and for how long, as an ETDump for "
+                 "executorch.devtools.Inspector; slower")
       ->type_name("FILE");
   app.add_flag("--quiet", options.quiet, "Say nothing on stderr but errors");
 }
@@ -129,7 +161,10 @@ int Main(int argc, char** argv) {
     mvlm::ReportError(mvlm::StrCat(error.what(), "; see llava_main --help"));
     return kBadUsage;
   }
-  options.workspace_sharing = ToWorkspaceSharing(raw.workspace_sharing);
+  if (!raw.workspace_sharing.empty()) {
+    options.workspace_sharing = ToWorkspaceSharing(raw.workspace_sharing);
+  }
+  options.linear_kernels = ToLinearKernels(raw.linear_kernels);
   mvlm::HandleSignals();
   return mvlm::AnswerQuestion(options);
 }

@@ -38,6 +38,12 @@ int64_t StatusFieldBytes(std::string_view status, std::string_view field) {
   return 0;
 }
 
+MemoryNow ReadMemory() {
+  const std::string status = ReadProcStatus();
+  return {StatusFieldBytes(status, "VmRSS"), StatusFieldBytes(status, "RssAnon"),
+          StatusFieldBytes(status, "RssFile")};
+}
+
 MemoryMeter::MemoryMeter() : thread_([this] { Run(); }) {}
 
 MemoryMeter::~MemoryMeter() {

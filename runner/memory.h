@@ -20,6 +20,16 @@ struct MemoryUse {
   int64_t peak_anonymous_bytes = 0;  // of them, those that are in no file and cannot be evicted
 };
 
+// What is resident at one moment.
+struct MemoryNow {
+  int64_t rss_bytes = 0;
+  int64_t anonymous_bytes = 0;  // of them, in no file
+  int64_t file_bytes = 0;       // of them, of mapped files
+};
+
+// All 0 where there is no /proc.
+MemoryNow ReadMemory();
+
 // Watches the peaks. The kernel keeps the first one (VmHWM: not getrusage()'s ru_maxrss, which
 // begins with what the parent had at fork); the second it does not keep, so it is sampled: by
 // Sample() and, from construction to destruction, by a thread of its own every few milliseconds.

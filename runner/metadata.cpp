@@ -179,11 +179,20 @@ VisionMetadata ReadVision(Reader& reader) {
 Metadata ReadAll(Reader& reader, bool has_vision) {
   Metadata metadata;
   metadata.mvlm_version = reader.String(contract::kVersion);
+  metadata.program_id = reader.String(contract::kProgramId);
+  if (metadata.program_id.empty()) {
+    reader.Complain(StrCat("constant method ", contract::kProgramId, " gives nothing"));
+  }
   metadata.model_name = reader.String(contract::kModelName);
   metadata.checkpoint_id = reader.String(contract::kCheckpointId);
   metadata.recipe = reader.String(contract::kRecipe);
   metadata.max_seq_len = reader.Int(contract::kMaxSeqLen, 1, kMaxPositions);
   metadata.max_context_len = reader.Int(contract::kMaxContextLen, 2, kMaxPositions);
+  if (metadata.max_seq_len > metadata.max_context_len) {
+    reader.Complain(StrCat("constant method ", contract::kMaxSeqLen, " gives ",
+                           metadata.max_seq_len, ", but there are only ", metadata.max_context_len,
+                           " positions"));
+  }
   metadata.vocab_size = reader.Int(contract::kVocabSize, 1, kMaxPositions);
   metadata.bos_id = reader.Int(contract::kBosId, 0, metadata.vocab_size - 1);
   metadata.eos_ids = reader.Ints(contract::kEosIds, 0, metadata.vocab_size - 1, 1, SIZE_MAX);
@@ -229,6 +238,7 @@ const std::vector<std::string>& ContractConstants() {
       contract::kEnableDynamicShape,
       contract::kFormat,
       contract::kVersion,
+      contract::kProgramId,
       contract::kModelName,
       contract::kCheckpointId,
       contract::kRecipe,
@@ -262,9 +272,13 @@ Result<Metadata> ParseMetadata(const Constants& constants, bool has_vision) {
   }
   Reader reader(constants);
   const int64_t format = reader.Int(contract::kFormat, 1, INT64_MAX);
-  if (!reader.complaint().has_value() && format > contract::kFormatVersion) {
-    return InvalidInput(StrCat("it is of format ", format, ", but this llava_main reads up to ",
-                               contract::kFormatVersion, "; install a newer mvlm"));
+  if (!reader.complaint().has_value() && format != contract::kFormatVersion) {
+    return InvalidInput(
+        StrCat("it is of format ", format, ", but this llava_main reads format ",
+               contract::kFormatVersion, " alone; ",
+               format < contract::kFormatVersion
+                   ? "it was made by an older mvlm: export it again with `python -m mvlm.export`"
+                   : "it was made by a newer mvlm: install that here too"));
   }
   CheckImageConstants(reader, constants, has_vision);
   Metadata metadata = ReadAll(reader, has_vision);

@@ -38,9 +38,10 @@ struct VisionMetadata {
 struct Metadata {
   std::string mvlm_version;  // of the exporter
   std::string model_name;
+  std::string program_id;       // tells this program from every other
   std::string checkpoint_id;    // "sha256:" and the checkpoint's hash
   std::string recipe;           // JSON
-  int64_t max_seq_len = 0;      // the most positions in one call of the decoder
+  int64_t max_seq_len = 0;      // the most tokens in one call of the decoder or the embedding
   int64_t max_context_len = 0;  // positions in the KV cache
   int64_t vocab_size = 0;
   int64_t bos_id = 0;

@@ -95,16 +95,23 @@ Result<int64_t> ResolveSeqLen(std::optional<int64_t> requested, int64_t max_cont
 }
 
 Result<int64_t> ResolveMaxNewTokens(std::optional<int64_t> requested, int64_t prompt_positions,
-                                    int64_t seq_len, int64_t max_prompt_len) {
-  const int64_t longest_prompt = std::min(seq_len - 1, max_prompt_len);
-  if (prompt_positions > longest_prompt) {
+                                    int64_t seq_len) {
+  if (prompt_positions >= seq_len) {
     return InvalidInput(StrCat("the prompt takes ", prompt_positions,
-                               " tokens (picture and template included), but at most ",
-                               longest_prompt, " fit into ", seq_len,
+                               " tokens (picture and template included), but at most ", seq_len - 1,
+                               " fit into ", seq_len,
                                " positions with room for an answer; shorten the prompt, raise "
                                "--seq_len, or export with a larger --max-context-len"));
   }
   return std::min(requested.value_or(kDefaultMaxNewTokens), seq_len - prompt_positions);
+}
+
+std::vector<int64_t> PrefillSteps(int64_t positions, int64_t max_seq_len) {
+  std::vector<int64_t> steps;
+  for (int64_t left = positions; left > 0; left -= steps.back()) {
+    steps.push_back(std::min(left, max_seq_len));
+  }
+  return steps;
 }
 
 }  // namespace mvlm

@@ -56,10 +56,13 @@ inline constexpr int64_t kDefaultMaxNewTokens = 512;
 // How many tokens may be generated after a prompt of `prompt_positions`: `requested` (default
 // kDefaultMaxNewTokens) or what is left of `seq_len`, whichever is less.
 //
-// `max_prompt_len` is the most positions that one call of the decoder takes. InvalidInput if the
-// prompt is longer than that or leaves no room for a single new token; the message says how many
+// InvalidInput if the prompt leaves no room for a single new token; the message says how many
 // positions the prompt takes and how many fit.
 Result<int64_t> ResolveMaxNewTokens(std::optional<int64_t> requested, int64_t prompt_positions,
-                                    int64_t seq_len, int64_t max_prompt_len);
+                                    int64_t seq_len);
+
+// The calls in which the decoder, which takes up to `max_seq_len` positions at once, goes over
+// `positions` of them: how many each takes, in this order.
+std::vector<int64_t> PrefillSteps(int64_t positions, int64_t max_seq_len);
 
 }  // namespace mvlm

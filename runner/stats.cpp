@@ -5,6 +5,13 @@
 #include "runner/contract.h"
 
 namespace mvlm {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+Json OrNull(const std::string& text) { return text.empty() ? Json(nullptr) : Json(text); }
+
+}  // namespace
 
 std::string MvlmVersion() { return MVLM_VERSION; }
 
@@ -15,7 +22,6 @@ double TokensPerSecond(int64_t tokens, double ms) {
 }
 
 std::string ToJson(const RunStats& stats) {
-  using Json = nlohmann::ordered_json;
   Json json;
   json["model"] = {
       {"path", stats.model_path},
@@ -34,9 +40,29 @@ std::string ToJson(const RunStats& stats) {
     json["image"] = nullptr;
   }
   json["load_ms"] = stats.load_ms;
+  Json load = Json::object();
+  for (const LoadStats& part : stats.load_parts) {
+    load[part.part] = part.ms;
+  }
+  json["load"] = std::move(load);
+  Json methods = Json::array();
+  for (const PackedWeightsStats& method : stats.weight_cache.methods) {
+    methods.push_back({{"method", method.method},
+                       {"state", method.state},
+                       {"path", OrNull(method.path)},
+                       {"bytes", method.bytes},
+                       {"build_ms", method.build_ms}});
+  }
+  json["weight_cache"] = {{"mode", stats.weight_cache.mode},
+                          {"path", OrNull(stats.weight_cache.folder)},
+                          {"state", stats.weight_cache.state},
+                          {"methods", std::move(methods)}};
+  json["low_memory"] = stats.low_memory;
+  json["linear_kernels"] = stats.linear_kernels;
   json["image_encode_ms"] = stats.image.has_value() ? Json(stats.image->encode_ms) : Json(nullptr);
   json["prompt_tokens"] = stats.prompt_tokens;
   json["prefill_ms"] = stats.prefill_ms;
+  json["prefill_steps"] = stats.prefill_steps;
   json["prefill_tokens_per_second"] = TokensPerSecond(stats.prompt_tokens, stats.prefill_ms);
   json["time_to_first_token_ms"] = stats.time_to_first_token_ms;
   json["decode_tokens"] = stats.decode_tokens;
@@ -54,6 +80,14 @@ std::string ToJson(const RunStats& stats) {
   };
   json["peak_rss_bytes"] = stats.memory.peak_rss_bytes;
   json["peak_anonymous_bytes"] = stats.memory.peak_anonymous_bytes;
+  Json stages = Json::array();
+  for (const MemoryStats& stage : stats.memory_stages) {
+    stages.push_back({{"stage", stage.stage},
+                      {"rss_bytes", stage.use.rss_bytes},
+                      {"anonymous_bytes", stage.use.anonymous_bytes},
+                      {"file_bytes", stage.use.file_bytes}});
+  }
+  json["memory"] = std::move(stages);
   json["threads"] = stats.threads;
   json["versions"] = {
       {"mvlm", MvlmVersion()},

@@ -25,6 +25,33 @@ struct ImageStats {
   double encode_ms = 0;  // the vision encoder alone
 };
 
+// How long a part of loading took, and what is in memory at the end of a stage of the run.
+struct LoadStats {
+  std::string part;
+  double ms = 0;
+};
+
+struct MemoryStats {
+  std::string stage;
+  MemoryNow use;
+};
+
+// A method's packed weights, see model.h.
+struct PackedWeightsStats {
+  std::string method;
+  std::string state;
+  std::string path;
+  uint64_t bytes = 0;
+  double build_ms = 0;
+};
+
+struct WeightCacheStats {
+  std::string mode;    // as it was asked for: "auto", "off" or a folder
+  std::string folder;  // empty without one
+  std::string state;   // the least welcome of the methods'
+  std::vector<PackedWeightsStats> methods;
+};
+
 // All times are wall-clock times in milliseconds.
 struct RunStats {
   std::string model_path;
@@ -32,11 +59,16 @@ struct RunStats {
   std::string checkpoint_id;
   std::string exporter_version;  // of the mvlm that made the .pte
   uint64_t model_bytes = 0;
-  double load_ms = 0;  // .pte and tokenizer, until the first computation can start
+  double load_ms = 0;  // .pte, tokenizer and methods, whenever they were loaded
+  std::vector<LoadStats> load_parts;
+  WeightCacheStats weight_cache;
+  bool low_memory = false;
+  std::string linear_kernels;  // whose: "mvlm" or "xnnpack"
   std::optional<ImageStats> image;
   int64_t prompt_tokens = 0;  // positions, the picture's included
   double prefill_ms = 0;
-  // From when everything is loaded until the first token is known: picture and prompt.
+  std::vector<int64_t> prefill_steps;  // positions in each call of the decoder for the prompt
+  // Picture and prompt until the first token is known, without loading.
   double time_to_first_token_ms = 0;
   int64_t decode_tokens = 0;    // tokens after the first, the end token included
   double decode_ms = 0;         // for them
@@ -50,6 +82,7 @@ struct RunStats {
   uint64_t seed = 0;
   int64_t threads = 0;
   MemoryUse memory;
+  std::vector<MemoryStats> memory_stages;
 };
 
 // Tokens per second, 0 if there is nothing to divide.

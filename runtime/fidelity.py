@@ -80,11 +80,11 @@ class Stages(Protocol):
 
 
 class EagerStages:
-    """The methods of a .pte, computed by an eager model."""
+    """The methods of a .pte, computed by an eager model, with a KV cache of the type ``kv_type``."""
 
-    def __init__(self, model: EagerMobileVLM, max_context_len: int) -> None:
+    def __init__(self, model: EagerMobileVLM, max_context_len: int, kv_type: str = "fp32") -> None:
         self._model = model
-        self._decoder = TextDecoder(model.language_model, max_context_len)
+        self._decoder = TextDecoder(model.language_model, max_context_len, kv_type)
 
     def vision_encoder(self, pixel_values: Tensor) -> Tensor:
         return self._model.encode_image(pixel_values)
@@ -282,7 +282,7 @@ def check(
         )
     )
     eager = EagerStages(float32, recipe.max_context_len)
-    reference = EagerStages(quantized, recipe.max_context_len)
+    reference = EagerStages(quantized, recipe.max_context_len, recipe.kv_cache)
 
     # Where only one side takes pictures, metadata.image has failed above, and nothing further can be compared.
     if (expected.image is None) != (program.metadata.image is None):

@@ -18,6 +18,7 @@ import mvlm.ops
 from mvlm.export.contract import (
     CONSTANT_METHODS,
     IMAGE_CONSTANT_METHODS,
+    PROGRAM_ID,
     TEXT_DECODER,
     TOKEN_EMBEDDING,
     TOKENIZER,
@@ -89,7 +90,8 @@ class PteProgram:
         check_pte_file(self.path)
         mvlm.ops.load_native_library()
         program = self._load_program()
-        required = {TOKEN_EMBEDDING, TEXT_DECODER, TOKENIZER, *CONSTANT_METHODS} - set(IMAGE_CONSTANT_METHODS)
+        required = {TOKEN_EMBEDDING, TEXT_DECODER, TOKENIZER, PROGRAM_ID}
+        required |= set(CONSTANT_METHODS) - set(IMAGE_CONSTANT_METHODS)
         missing = required - program.method_names
         if missing:
             raise PteError(
@@ -135,12 +137,19 @@ class PteProgram:
         return self.metadata.image
 
     def token_embedding(self, ids: Tensor) -> Tensor:
-        """Token embeddings float32 [1, n, D] of ids int64 [1, n]."""
-        return self._run(TOKEN_EMBEDDING, [ids])
+        """Token embeddings float32 [1, n, D] of ids int64 [1, n]; any n."""
+        chunks = ids.split(self.metadata.max_seq_len, dim=1)
+        return torch.cat([self._run(TOKEN_EMBEDDING, [chunk]).clone() for chunk in chunks], dim=1)
 
     def text_decoder(self, embeddings: Tensor, start_pos: int) -> Tensor:
-        """Logits float32 [V] of the last of n positions, after running embeddings [1, n, D] from ``start_pos`` on."""
-        return self._run(TEXT_DECODER, [embeddings, torch.tensor([start_pos])])[0, -1]
+        """Logits float32 [V] of the last of n positions, after running embeddings [1, n, D] from ``start_pos`` on.
+
+        More than the file takes in one call, ``metadata.max_seq_len``, are run in several.
+        """
+        for chunk in embeddings.split(self.metadata.max_seq_len, dim=1):
+            logits = self._run(TEXT_DECODER, [chunk, torch.tensor([start_pos])])
+            start_pos += chunk.shape[1]
+        return logits[0, -1]
 
     def _run(self, method: str, inputs: Sequence[Tensor]) -> Tensor:
         if method not in self._programs:

@@ -20,6 +20,7 @@ from torch.export import Dim, export
 
 from mvlm.export.contract import (
     IMAGE_CONSTANT_METHODS,
+    PROGRAM_ID,
     PROMPT_PLACEHOLDER,
     TEXT_DECODER,
     TOKEN_EMBEDDING,
@@ -67,6 +68,7 @@ def tiny_metadata(config: MobileVLMConfig, max_context_len: int) -> Metadata:
         checkpoint_id="sha256:0",
         mvlm_version="0",
         recipe="{}",
+        max_seq_len=max_context_len,
         max_context_len=max_context_len,
         vocab_size=config.text.vocab_size,
         bos_id=1,
@@ -81,8 +83,9 @@ def tiny_metadata(config: MobileVLMConfig, max_context_len: int) -> Metadata:
     )
 
 
-def tokenizer_constant(tokenizer: bytes) -> dict[str, torch.Tensor]:
-    return {TOKENIZER: torch.from_numpy(np.frombuffer(tokenizer, dtype=np.uint8).copy())}
+def other_constants(tokenizer: bytes) -> dict[str, Any]:
+    """Those that are no metadata."""
+    return {PROGRAM_ID: "sha256:0", TOKENIZER: torch.from_numpy(np.frombuffer(tokenizer, dtype=np.uint8).copy())}
 
 
 def write_tiny_pte(path: Path, config: MobileVLMConfig, tokenizer: bytes, max_context_len: int) -> TinyPte:
@@ -113,7 +116,7 @@ def write_tiny_pte(path: Path, config: MobileVLMConfig, tokenizer: bytes, max_co
     edge = to_edge_transform_and_lower(
         methods,
         partitioner={name: [] if name == TOKEN_EMBEDDING else [XnnpackPartitioner()] for name in methods},
-        constant_methods=metadata.to_constant_methods() | tokenizer_constant(tokenizer),
+        constant_methods=metadata.to_constant_methods() | other_constants(tokenizer),
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     path.write_bytes(edge.to_executorch().buffer)
@@ -124,7 +127,7 @@ def hollow_constants(tokenizer: bytes, left_out: Sequence[str] | None) -> dict[s
     """Constant methods of a model with pictures without those ``left_out``; None leaves out all about pictures."""
     constants = tiny_metadata(MobileVLMConfig(LANGUAGE_MODEL, LLAVA_TOWER, "mlp2x_gelu"), 768).to_constant_methods()
     left_out = IMAGE_CONSTANT_METHODS if left_out is None else left_out
-    return {name: value for name, value in constants.items() if name not in left_out} | tokenizer_constant(tokenizer)
+    return {name: value for name, value in constants.items() if name not in left_out} | other_constants(tokenizer)
 
 
 def write_hollow_pte(path: Path, constants: Mapping[str, Any], with_vision: bool) -> Path:

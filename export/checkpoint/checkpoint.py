@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from mvlm.export.checkpoint.configs import ImagePreprocessing
-from mvlm.export.models import MobileVLM, MobileVLMConfig
+from mvlm.export.models import MobileVLM, MobileVLMConfig, fused_parts, unfused
 
 
 class WeightSource(Protocol):
     """Where a checkpoint's weights come from."""
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The model's parameter ``name``, a float32 tensor of its own, of that shape."""
+        """The tensor ``name`` of :func:`parameter_shapes`, a float32 tensor of its own, of that shape."""
 
     def fingerprint(self) -> str:
         """``sha256:…`` over all that the checkpoint is made of."""
@@ -63,14 +63,18 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """A parameter of :class:`MobileVLM` by its name there: float32, contiguous, of the model's shape, a new one.
 
+        The parts of what the model fuses can be read as well.
+
         Raises:
             KeyError: the model has no such parameter.
             ExportError: a file can no longer be read.
         """
         shapes = parameter_shapes(self.config)
-        if name not in shapes:
+        parts = _parts(self.config).get(name, (name,))
+        if parts[0] not in shapes:
             raise KeyError(f"{self.name}: the model has no parameter {name!r}")
-        return self.weights.read(name, shapes[name])
+        tensors = [self.weights.read(part, shapes[part]) for part in parts]
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
     def load_model(self) -> MobileVLM:
         """The whole model in float32, in eval mode, without gradients: four bytes of memory for each parameter."""
@@ -93,9 +97,15 @@ def empty_model(config: MobileVLMConfig) -> MobileVLM:
 
 @lru_cache(maxsize=8)
 def parameter_shapes(config: MobileVLMConfig) -> Mapping[str, tuple[int, ...]]:
-    """Shape of every parameter of ``MobileVLM(config)``, by name.
+    """Shape of every tensor that a checkpoint must hold, by its name in ``MobileVLM(config)`` with nothing fused.
 
     Raises:
         ValueError: the sizes do not go together.
     """
-    return {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_parameters()}
+    model = empty_model(config)
+    return {name: tuple(tensor.shape) for name, tensor in unfused(model, dict(model.named_parameters())).items()}
+
+
+@lru_cache(maxsize=8)
+def _parts(config: MobileVLMConfig) -> Mapping[str, tuple[str, ...]]:
+    return fused_parts(empty_model(config))

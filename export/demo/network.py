@@ -138,11 +138,9 @@ def _block(
 
     def heads(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = layer.input_layernorm(x)
-        shape = (1, x.shape[0] * x.shape[1], -1, attention.head_dim)
-        q = apply_rope(attention.q_proj(x).view(shape), cos, sin)
-        k = apply_rope(attention.k_proj(x).view(shape), cos, sin)
-        v = attention.v_proj(x).view(shape)
-        return tuple(y.view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2) for y in (q, k, v))
+        q, k, v = attention.split_heads(attention.qkv_proj(x).flatten(0, 1).unsqueeze(0))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return tuple(y.reshape(*x.shape[:2], -1, attention.head_dim).transpose(1, 2) for y in (q, k, v))
 
     def attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, **mask: object) -> Tensor:
         y = nn.functional.scaled_dot_product_attention(q, k, v, **mask)

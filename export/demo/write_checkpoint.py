@@ -19,7 +19,7 @@ from torch import Tensor
 from mvlm.export.checkpoint import PROJECTOR_NAMES, PROJECTOR_PREFIX
 from mvlm.export.demo.data import IMAGE_MEAN, IMAGE_STD
 from mvlm.export.demo.tokenizer import BOS_ID, EOS_ID
-from mvlm.export.models import CLIPVisionTower, MobileVLM
+from mvlm.export.models import CLIPVisionTower, MobileVLM, unfused
 
 #: Projector weights that are 1x1 convolutions in the format and linears here: written with two axes more.
 _CONVOLUTION = re.compile(r"mm_projector\.blocks\.\d\.(squeeze_excite\.fc[12]|pointwise)\.weight")
@@ -40,7 +40,7 @@ def _projector_name(name: str, projector_type: str) -> str:
 def main_tensors(model: MobileVLM) -> dict[str, Tensor]:
     """Names and float16 tensors of model.safetensors: language model and projector."""
     tensors = {}
-    for name, tensor in model.language_model.state_dict().items():
+    for name, tensor in unfused(model.language_model, model.language_model.state_dict()).items():
         tensors[name if name.startswith("lm_head.") else f"model.{name}"] = tensor
     for name, tensor in model.mm_projector.state_dict(prefix="mm_projector.").items():
         if _CONVOLUTION.fullmatch(name):
@@ -59,9 +59,9 @@ def tower_tensors(model: MobileVLM) -> dict[str, Tensor]:
     config = model.config.vision
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
-    tensors = CLIPVisionTower(config, select_layer=config.num_hidden_layers).state_dict()
+    whole = CLIPVisionTower(config, select_layer=config.num_hidden_layers)
     torch.set_rng_state(generator_state)
-    tensors |= model.vision_tower.state_dict()
+    tensors = unfused(whole, whole.state_dict() | model.vision_tower.state_dict())
     tensors["post_layernorm.weight"] = torch.ones(config.hidden_size)
     tensors["post_layernorm.bias"] = torch.zeros(config.hidden_size)
     return {f"vision_model.{name}": tensor.to(torch.float16).clone() for name, tensor in tensors.items()}

@@ -1,18 +1,28 @@
 """The networks, as plain ``torch.nn.Module`` composition: no file access, no command-line flags.
 
 Module and parameter names are those of the checkpoints wherever they can be, so that loading one is a table of
-prefixes (``mvlm.export.checkpoint``) and not a translation.
+prefixes (``mvlm.export.checkpoint``) and not a translation. Linears of one input are fused (``fused_linear.py``).
 """
 
 from mvlm.export.models.clip import CLIPVisionConfig, CLIPVisionTower
-from mvlm.export.models.mobilellama import KVCache, MobileLlama, MobileLlamaConfig, TextDecoder, rope_tables
+from mvlm.export.models.fused_linear import FusedLinear, fused_parts, unfused
+from mvlm.export.models.mobilellama import (
+    KV_CACHE_TYPES,
+    KVCache,
+    MobileLlama,
+    MobileLlamaConfig,
+    TextDecoder,
+    rope_tables,
+)
 from mvlm.export.models.mobilevlm import MobileVLM, MobileVLMConfig
 from mvlm.export.models.projector import PROJECTOR_TYPES, build_projector, image_token_count
 
 __all__ = [
+    "KV_CACHE_TYPES",
     "PROJECTOR_TYPES",
     "CLIPVisionConfig",
     "CLIPVisionTower",
+    "FusedLinear",
     "KVCache",
     "MobileLlama",
     "MobileLlamaConfig",
@@ -20,6 +30,8 @@ __all__ = [
     "MobileVLMConfig",
     "TextDecoder",
     "build_projector",
+    "fused_parts",
     "image_token_count",
     "rope_tables",
+    "unfused",
 ]

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import mvlm.ops
+from mvlm.export.models.fused_linear import FusedLinear
+from mvlm.export.models.norms import LayerNorm
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """``x * sigmoid(1.702 x)``, the approximation of GELU that OpenAI trained CLIP with."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": nn.functional.gelu}
+#: ``quick_gelu`` is ``x * sigmoid(1.702 x)``, the approximation of GELU that OpenAI trained CLIP with.
+ACTIVATIONS = {"quick_gelu": mvlm.ops.quick_gelu, "gelu": nn.functional.gelu}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,9 @@ class CLIPVisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values_B3SS: Tensor) -> Tensor:
         x_BPD = self.patch_embedding(pixel_values_B3SS).flatten(2).transpose(1, 2)
-        class_B1D = self.class_embedding.expand(x_BPD.shape[0], 1, -1)
+        class_B1D = self.class_embedding.view(1, 1, -1)
+        if x_BPD.shape[0] > 1:  # else there would be a copy in the .pte
+            class_B1D = class_B1D.expand(x_BPD.shape[0], -1, -1)
         return torch.cat([class_B1D, x_BPD], dim=1) + self.position_embedding.weight
 
 
@@ -87,26 +88,11 @@ class CLIPAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.head_dim = width // self.num_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
+        self.qkv_proj = FusedLinear(width, {"q_proj": width, "k_proj": width, "v_proj": width}, bias=True)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        B, L, D = x_BLD.shape
-
-        def split_heads(y_BLD: Tensor) -> Tensor:
-            y_BNLH = y_BLD.view(B, L, self.num_heads, self.head_dim).transpose(1, 2)
-            # B and N are folded into one so that torch.bmm, not a broadcasting matmul, is exported.
-            return y_BNLH.reshape(B * self.num_heads, L, self.head_dim)
-
-        q = split_heads(self.q_proj(x_BLD) * self.head_dim**-0.5)
-        k = split_heads(self.k_proj(x_BLD))
-        v = split_heads(self.v_proj(x_BLD))
-        weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)), dim=-1)
-        y_BNLH = torch.bmm(weights, v).view(B, self.num_heads, L, self.head_dim)
-        return self.out_proj(y_BNLH.transpose(1, 2).reshape(B, L, D))
+        return self.out_proj(mvlm.ops.attention(self.qkv_proj(x_BLD), self.num_heads))
 
 
 class CLIPMLP(nn.Module):
@@ -121,18 +107,24 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block.
+
+    What the block before it adds to the token stream is given apart from the stream, and so is what this one adds, so
+    that every addition is made together with the norm that follows it, in one pass over memory.
+    """
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = CLIPAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        x_BLD = x_BLD + self.self_attn(self.layer_norm1(x_BLD))
-        return x_BLD + self.mlp(self.layer_norm2(x_BLD))
+    def forward(self, x_BLD: Tensor, branch_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Token stream and what is still to be added to it, both [B, L, D], to the same after this block."""
+        x_BLD, y_BLD = self.layer_norm1.add(x_BLD, branch_BLD)
+        x_BLD, y_BLD = self.layer_norm2.add(x_BLD, self.self_attn(y_BLD))
+        return x_BLD, self.mlp(y_BLD)
 
 
 class CLIPEncoder(nn.Module):
@@ -141,9 +133,10 @@ class CLIPEncoder(nn.Module):
         self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(num_layers))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        branch_BLD = torch.zeros_like(x_BLD)
         for layer in self.layers:
-            x_BLD = layer(x_BLD)
-        return x_BLD
+            x_BLD, branch_BLD = layer(x_BLD, branch_BLD)
+        return x_BLD + branch_BLD
 
 
 class CLIPVisionTower(nn.Module):
@@ -172,7 +165,7 @@ class CLIPVisionTower(nn.Module):
         self.config = config
         self.embeddings = CLIPVisionEmbeddings(config)
         # "pre_layrnorm" is how the checkpoints spell it.
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = CLIPEncoder(config, num_layers=select_layer % num_states)
 
     def forward(self, pixel_values_B3SS: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ H head width, F width of the MLP, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-import mvlm.ops  # noqa: F401  (registers torch.ops.mvlm.sdpa_with_kv_cache)
+import mvlm.ops
+from mvlm.export.models.fused_linear import FusedLinear
+from mvlm.export.models.norms import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,6 @@ class MobileLlamaConfig:
             raise ValueError(f"Llama: head_dim {self.head_dim} is odd; rotary embedding needs an even one")
 
 
-class RMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x^2) + eps)`` (https://arxiv.org/abs/1910.07467)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        mean_square_BL1 = (x_BLD * x_BLD).mean(dim=-1, keepdim=True)
-        return x_BLD * torch.rsqrt(mean_square_BL1 + self.eps) * self.weight
-
-
 def rope_tables(head_dim: int, positions: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [positions, head_dim / 2] of rotary embedding (https://arxiv.org/abs/2104.09864).
 
@@ -83,33 +71,49 @@ def apply_rope(x_BLNH: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-class KVCache(nn.Module):
-    """Keys and values of the positions seen so far, and attention over them by ``mvlm::sdpa_with_kv_cache``.
+#: Types of a KV cache, by the names that recipes give them.
+KV_CACHE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 
-    The buffers [1, K, C, H] are state of the exported program. Their initial contents are not stored in the .pte:
-    the operator reads no position that was not written before.
+
+class KVCache(nn.Module):
+    """Keys and values of the positions seen so far, and attention over them by our operators.
+
+    The buffers [1, K, C, H] are state of the exported program; with int8 there is a scale per head and position, too.
+    Their initial contents are not stored in the .pte: the operators read no position that was not written before.
+
+    Args:
+        config: sizes.
+        max_context_len: positions C.
+        kv_type: a key of :data:`KV_CACHE_TYPES`.
     """
 
-    def __init__(self, config: MobileLlamaConfig, max_context_len: int) -> None:
+    def __init__(self, config: MobileLlamaConfig, max_context_len: int, kv_type: str = "fp32") -> None:
         super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.is_int8 = kv_type == "int8"
         shape = (1, config.num_key_value_heads, max_context_len, config.head_dim)
-        self.register_buffer("key", torch.zeros(shape), persistent=False)
-        self.register_buffer("value", torch.zeros(shape), persistent=False)
+        dtype = KV_CACHE_TYPES[kv_type]
+        self.register_buffer("key", torch.zeros(shape, dtype=dtype), persistent=False)
+        self.register_buffer("value", torch.zeros(shape, dtype=dtype), persistent=False)
+        if self.is_int8:
+            self.register_buffer("key_scales", torch.zeros(shape[:-1]), persistent=False)
+            self.register_buffer("value_scales", torch.zeros(shape[:-1]), persistent=False)
 
-    def forward(self, q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, start_pos: Tensor) -> Tensor:
-        return torch.ops.mvlm.sdpa_with_kv_cache(q_BLNH, k_BLKH, v_BLKH, self.key, self.value, start_pos)
-
-
-def causal_attention(q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor) -> Tensor:
-    """Attention of a whole sequence to itself, without a cache: [B, L, N, H]."""
-    y_BNLH = nn.functional.scaled_dot_product_attention(
-        q_BLNH.transpose(1, 2),
-        k_BLKH.transpose(1, 2),
-        v_BLKH.transpose(1, 2),
-        is_causal=True,
-        enable_gqa=True,
-    )
-    return y_BNLH.transpose(1, 2)
+    def forward(self, qkv_1LP: Tensor, cos_CR: Tensor, sin_CR: Tensor, start_pos: Tensor) -> Tensor:
+        """Attention [1, L, N * H] of L tokens whose queries, keys and values are [1, L, (N + 2 K) * H]."""
+        if self.is_int8:
+            return mvlm.ops.sdpa_with_int8_kv_cache(
+                qkv_1LP,
+                self.key,
+                self.key_scales,
+                self.value,
+                self.value_scales,
+                cos_CR,
+                sin_CR,
+                start_pos,
+                self.num_heads,
+            )
+        return mvlm.ops.sdpa_with_kv_cache(qkv_1LP, self.key, self.value, cos_CR, sin_CR, start_pos, self.num_heads)
 
 
 class Attention(nn.Module):
@@ -118,29 +122,41 @@ class Attention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         width = config.hidden_size
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=False)
+        self.qkv_proj = FusedLinear(width, {"q_proj": queries, "k_proj": keys, "v_proj": keys}, bias=False)
+        self.o_proj = nn.Linear(queries, width, bias=False)
+
+    def split_heads(self, qkv_BLP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, L, N, H], keys and values [B, L, K, H] out of the projection [B, L, (N + 2 K) * H]."""
+        qkv_BLNH = qkv_BLP.unflatten(-1, (-1, self.head_dim))
+        return qkv_BLNH.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
 
     def forward(
         self,
         x_BLD: Tensor,
-        cos_LR: Tensor,
-        sin_LR: Tensor,
+        cos_CR: Tensor,
+        sin_CR: Tensor,
         cache: KVCache | None = None,
         start_pos: Tensor | None = None,
     ) -> Tensor:
-        B, L, _ = x_BLD.shape
-        q_BLNH = self.q_proj(x_BLD).view(B, L, self.num_heads, self.head_dim)
-        k_BLKH = self.k_proj(x_BLD).view(B, L, self.num_kv_heads, self.head_dim)
-        v_BLKH = self.v_proj(x_BLD).view(B, L, self.num_kv_heads, self.head_dim)
-        q_BLNH = apply_rope(q_BLNH, cos_LR, sin_LR)
-        k_BLKH = apply_rope(k_BLKH, cos_LR, sin_LR)
-        attend = causal_attention if cache is None else partial(cache, start_pos=start_pos)
-        y_BLNH = attend(q_BLNH, k_BLKH, v_BLKH)
-        return self.o_proj(y_BLNH.reshape(B, L, self.num_heads * self.head_dim))
+        qkv_BLP = self.qkv_proj(x_BLD)
+        if cache is not None:
+            return self.o_proj(cache(qkv_BLP, cos_CR, sin_CR, start_pos))
+        return self.o_proj(causal_attention(*self.split_heads(qkv_BLP), cos_CR, sin_CR))
+
+
+def causal_attention(q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, cos_CR: Tensor, sin_CR: Tensor) -> Tensor:
+    """Attention of whole sequences to themselves, without a cache: [B, L, N * H]."""
+    L = q_BLNH.shape[1]
+    y_BNLH = nn.functional.scaled_dot_product_attention(
+        apply_rope(q_BLNH, cos_CR[:L], sin_CR[:L]).transpose(1, 2),
+        apply_rope(k_BLKH, cos_CR[:L], sin_CR[:L]).transpose(1, 2),
+        v_BLKH.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=True,
+    )
+    return y_BNLH.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -148,16 +164,20 @@ class MLP(nn.Module):
 
     def __init__(self, config: MobileLlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width = config.intermediate_size
+        self.gate_up_proj = FusedLinear(config.hidden_size, {"gate_proj": width, "up_proj": width}, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+        return self.down_proj(mvlm.ops.swiglu(self.gate_up_proj(x_BLD)))
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm block: attention and MLP, each with a skip."""
+    """One pre-norm block: attention and MLP, each with a skip.
+
+    What the block before it adds to the token stream is given apart from the stream, and so is what this one adds, so
+    that every addition is made together with the norm that follows it, in one pass over memory.
+    """
 
     def __init__(self, config: MobileLlamaConfig) -> None:
         super().__init__()
@@ -169,13 +189,17 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        cos_LR: Tensor,
-        sin_LR: Tensor,
+        branch_BLD: Tensor,
+        cos_CR: Tensor,
+        sin_CR: Tensor,
         cache: KVCache | None = None,
         start_pos: Tensor | None = None,
-    ) -> Tensor:
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos_LR, sin_LR, cache, start_pos)
-        return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+    ) -> tuple[Tensor, Tensor]:
+        """Token stream and what is still to be added to it, both [B, L, D], to the same after this block."""
+        x_BLD, y_BLD = self.input_layernorm.add(x_BLD, branch_BLD)
+        y_BLD = self.self_attn(y_BLD, cos_CR, sin_CR, cache, start_pos)
+        x_BLD, y_BLD = self.post_attention_layernorm.add(x_BLD, y_BLD)
+        return x_BLD, self.mlp(y_BLD)
 
 
 class MobileLlama(nn.Module):
@@ -192,10 +216,10 @@ class MobileLlama(nn.Module):
     def forward(self, embeddings_BLD: Tensor) -> Tensor:
         """Logits [B, L, V] of whole sequences of embeddings [B, L, D] that start at position 0."""
         cos_LR, sin_LR = rope_tables(self.config.head_dim, embeddings_BLD.shape[1], self.config.rope_theta)
-        x_BLD = embeddings_BLD
+        x_BLD, branch_BLD = embeddings_BLD, torch.zeros_like(embeddings_BLD)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, cos_LR, sin_LR)
-        return self.lm_head(self.norm(x_BLD))
+            x_BLD, branch_BLD = layer(x_BLD, branch_BLD, cos_LR, sin_LR)
+        return self.lm_head(self.norm.add(x_BLD, branch_BLD)[1])
 
 
 class TextDecoder(nn.Module):
@@ -204,12 +228,13 @@ class TextDecoder(nn.Module):
     Args:
         model: the language model.
         max_context_len: positions C of the cache; more than ``max_position_embeddings`` is an error.
+        kv_type: of the cache, a key of :data:`KV_CACHE_TYPES`.
 
     Raises:
         ValueError: ``max_context_len`` is not in 1 .. ``max_position_embeddings``.
     """
 
-    def __init__(self, model: MobileLlama, max_context_len: int) -> None:
+    def __init__(self, model: MobileLlama, max_context_len: int, kv_type: str = "fp32") -> None:
         super().__init__()
         config = model.config
         if not 1 <= max_context_len <= config.max_position_embeddings:
@@ -220,7 +245,7 @@ class TextDecoder(nn.Module):
         self.layers = model.layers
         self.norm = model.norm
         self.lm_head = model.lm_head
-        self.caches = nn.ModuleList(KVCache(config, max_context_len) for _ in model.layers)
+        self.caches = nn.ModuleList(KVCache(config, max_context_len, kv_type) for _ in model.layers)
         cos_CR, sin_CR = rope_tables(config.head_dim, max_context_len, config.rope_theta)
         self.register_buffer("cos", cos_CR, persistent=False)
         self.register_buffer("sin", sin_CR, persistent=False)
@@ -235,9 +260,7 @@ class TextDecoder(nn.Module):
         Returns:
             float32 [1, 1, V]: the logits of the last position.
         """
-        positions_L = start_pos + torch.arange(embeddings_1LD.shape[1])
-        cos_LR, sin_LR = self.cos[positions_L], self.sin[positions_L]
-        x_1LD = embeddings_1LD
+        x_1LD, branch_1LD = embeddings_1LD, torch.zeros_like(embeddings_1LD)
         for layer, cache in zip(self.layers, self.caches, strict=True):
-            x_1LD = layer(x_1LD, cos_LR, sin_LR, cache, start_pos)
-        return self.lm_head(self.norm(x_1LD[:, -1:]))
+            x_1LD, branch_1LD = layer(x_1LD, branch_1LD, self.cos, self.sin, cache, start_pos)
+        return self.lm_head(self.norm.add(x_1LD[:, -1:], branch_1LD[:, -1:])[1])

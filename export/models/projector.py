@@ -13,7 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+
+import mvlm.ops
+from mvlm.export.models.norms import LayerNorm
 
 
 def _grid_size(num_patches: int) -> int:
@@ -31,10 +35,16 @@ class DepthwiseConv(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=bias)
 
     def forward(self, x_BPD: Tensor) -> Tensor:
-        B, P, D = x_BPD.shape
-        grid = _grid_size(P)
-        x_BDGG = x_BPD.transpose(1, 2).reshape(B, D, grid, grid)
-        return self.conv(x_BDGG).flatten(2).transpose(1, 2)
+        # Our operator takes tokens and weights channels last, and so the tokens as they lie.
+        conv = self.conv
+        weight_33D = conv.weight.squeeze(1).permute(1, 2, 0)
+        grid = _grid_size(x_BPD.shape[1])
+        return mvlm.ops.depthwise_conv2d(x_BPD, weight_33D, conv.bias, grid, conv.stride[0], conv.padding[0])
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """``clamp(x / 6 + 1 / 2, 0, 1)``, in operators that XNNPACK takes (torch's own would be cut into others)."""
+    return (x * (1 / 6) + 0.5).clamp(0, 1)
 
 
 class SqueezeExcite(nn.Module):
@@ -47,8 +57,10 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Linear(channels // 4, channels)
 
     def forward(self, x_BPD: Tensor) -> Tensor:
-        gate_B1D = x_BPD.mean(dim=1, keepdim=True)
-        gate_B1D = nn.functional.hardsigmoid(self.fc2(nn.functional.relu(self.fc1(gate_B1D))))
+        B, P, _ = x_BPD.shape
+        # The mean as a matrix product: XNNPACK takes that, and no mean over tokens.
+        gate_B1D = torch.bmm(x_BPD.new_full((B, 1, P), 1 / P), x_BPD)
+        gate_B1D = hardsigmoid(self.fc2(nn.functional.relu(self.fc1(gate_B1D))))
         return x_BPD * gate_B1D
 
 
@@ -59,13 +71,14 @@ class InvertedResidual(nn.Module):
         super().__init__()
         self.has_residual = stride == 1
         self.depthwise = DepthwiseConv(channels, stride)
-        self.depthwise_norm = nn.LayerNorm(channels, eps=1e-5)
+        self.depthwise_norm = LayerNorm(channels, eps=1e-5)
         self.squeeze_excite = SqueezeExcite(channels)
         self.pointwise = nn.Linear(channels, channels, bias=False)
-        self.pointwise_norm = nn.LayerNorm(channels, eps=1e-5)
+        self.pointwise_norm = LayerNorm(channels, eps=1e-5)
 
     def forward(self, x_BPD: Tensor) -> Tensor:
-        y = nn.functional.hardswish(self.depthwise_norm(self.depthwise(x_BPD)))
+        y = self.depthwise_norm(self.depthwise(x_BPD))
+        y = y * hardsigmoid(y)  # hardswish
         y = self.pointwise_norm(self.pointwise(self.squeeze_excite(y)))
         return x_BPD + y if self.has_residual else y
 
@@ -92,10 +105,10 @@ class LDPv2(nn.Module):
 
     def forward(self, features_BPV: Tensor) -> Tensor:
         x_BPD = self.mlp(features_BPV)
-        B, P, D = x_BPD.shape
-        grid = _grid_size(P)
-        x_BDGG = x_BPD.transpose(1, 2).reshape(B, D, grid, grid)
-        x_BTD = nn.functional.avg_pool2d(x_BDGG, kernel_size=2).flatten(2).transpose(1, 2)
+        _, P, D = x_BPD.shape
+        # A mean over 2x2 tokens is a depthwise convolution, too.
+        quarter = x_BPD.new_full((2, 2, D), 0.25)
+        x_BTD = mvlm.ops.depthwise_conv2d(x_BPD, quarter, None, _grid_size(P), 2, 0)
         return x_BTD + self.positional_encoding(x_BTD)
 
 

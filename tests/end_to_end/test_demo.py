@@ -81,17 +81,17 @@ def test_contract_of_the_file(demo_pte):
     vocabulary = program.load_method("get_vocab_size").execute([])[0]
     # Dynamic dimensions are planned for their greatest extent.
     assert sizes("vision_encoder") == ([(1, 3, 112, 112)], [(1, 16, 256)])
-    assert sizes("token_embedding") == ([(1, 768)], [(1, 768, 256)])
-    assert sizes("text_decoder") == ([(1, 768, 256), (1,)], [(1, 1, vocabulary)])
+    assert sizes("token_embedding") == ([(1, 256)], [(1, 256, 256)])
+    assert sizes("text_decoder") == ([(1, 256, 256), (1,)], [(1, 1, vocabulary)])
     expected = {
-        "get_max_seq_len": [768],
+        "get_max_seq_len": [256],
         "get_max_context_len": [768],
         "get_bos_id": [1],
         "get_eos_ids": [2],
         "use_kv_cache": [True],
         "use_sdpa_with_kv_cache": [True],
         "enable_dynamic_shape": [True],
-        "mvlm_format_version": [1],
+        "mvlm_format_version": [2],
         "mvlm_stop_strings": ["</s>"],
         "mvlm_image_size": [112],
         "mvlm_image_pad_color": [122, 116, 104],
@@ -103,7 +103,7 @@ def test_contract_of_the_file(demo_pte):
 
 @pytest.mark.parametrize("length", [1, 2, 767, 768])
 def test_decoder_takes_every_length(demo_pte, length):
-    """1, 2, cap - 1 and cap tokens at once; one more is refused."""
+    """1, 2, cap - 1 and cap tokens, in as many calls as they need; one more is refused."""
     import torch
 
     from mvlm.runtime import PteError, PteProgram

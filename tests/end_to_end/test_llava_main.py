@@ -11,12 +11,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from llava_run import QUESTION, answer, check_refused
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from tiny_pte import TinyPte, hollow_constants, write_hollow_pte
@@ -25,55 +24,6 @@ from torch import Tensor
 from mvlm.runtime import MobileVLM
 from mvlm.runtime.preprocess import load_image, preprocess
 from mvlm.runtime.prompt import StreamingDecoder, prompt_ids
-
-QUESTION = "Describe the image."
-
-Run = Callable[..., subprocess.CompletedProcess]
-
-
-@pytest.fixture
-def run_pte(llava_main: Path, tmp_path: Path) -> Run:
-    """Runs ``llava_main`` in an empty folder. Flags as keywords; greedy sampling by default."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-
-    def call(*arguments: str | bytes, **flags: object) -> subprocess.CompletedProcess:
-        flags = {"prompt": QUESTION, "temperature": 0} | flags
-        command: list[object] = [llava_main]
-        for name, value in flags.items():
-            if value is not None:
-                command += [f"--{name}", value if isinstance(value, bytes) else str(value)]
-        return subprocess.run([*command, *arguments], capture_output=True, cwd=folder, timeout=300)
-
-    return call
-
-
-@pytest.fixture
-def run(run_pte: Run, demo_pte: Path) -> Run:
-    """The same with the demo model."""
-
-    def call(*arguments: str | bytes, **flags: object) -> subprocess.CompletedProcess:
-        return run_pte(*arguments, **{"model_path": demo_pte} | flags)
-
-    return call
-
-
-def answer(result: subprocess.CompletedProcess) -> str:
-    assert result.returncode == 0, result.stderr.decode()
-    return result.stdout.decode()
-
-
-def check_refused(result: subprocess.CompletedProcess, *expected: str, code: int = 2) -> None:
-    """The exit code, one line that says ``expected``, nothing on stdout, and no file left in the folder."""
-    stderr = result.stderr.decode()
-    assert result.returncode == code, stderr
-    assert result.stdout == b""
-    lines = stderr.splitlines()
-    assert len(lines) == 1, stderr
-    assert lines[0].startswith("llava_main: error: ")
-    for text in expected:
-        assert text in lines[0]
-
 
 # Answers
 
@@ -132,6 +82,12 @@ def test_stats(run, sample_image, tmp_path, demo_pte):
     assert stats["threads"] == 1
     assert stats["model"]["bytes"] == demo_pte.stat().st_size
     assert stats["model"]["checkpoint_id"].startswith("sha256:")
+    assert sum(stats["load"].values()) == pytest.approx(stats["load_ms"])
+    assert sum(stats["prefill_steps"]) == stats["prompt_tokens"]
+    assert not stats["low_memory"]
+    stages = [stage["stage"] for stage in stats["memory"]]
+    assert stages == ["loaded", "encoded", "vision unloaded", "answered"]
+    assert all(stage["rss_bytes"] >= stage["anonymous_bytes"] > 0 for stage in stats["memory"])
     assert set(stats["versions"]) == {"mvlm", "executorch", "contract"}
     assert list(tmp_path.glob("stats.json*")) == [path], "a temporary file was left"
     width, height = Image.open(sample_image).size
@@ -180,6 +136,102 @@ def test_threads_and_workspaces_do_not_change_the_answer(run, sample_image):
     assert len(answers) == 1
 
 
+def test_any_number_of_threads_gives_the_same_tokens(run, sample_image, tmp_path):
+    def tokens(threads: int) -> list[int]:
+        path = tmp_path / "stats.json"
+        flags = {"cpu_threads": threads, "max_new_tokens": 60, "stats_path": path}
+        answer(run("--ignore_eos", image_path=sample_image, **flags))
+        return json.loads(path.read_text())["tokens"]
+
+    expected = tokens(1)
+    assert len(expected) == 60
+    assert tokens(2) == expected
+    assert tokens(3) == expected
+
+
+def test_ignore_eos_goes_on_to_the_last_token_asked_for(run, tmp_path, demo_pte):
+    path = tmp_path / "stats.json"
+    answer(run(stats_path=path))
+    short = json.loads(path.read_text())
+    assert short["stop_reason"] == "end of text"
+    answer(run("--ignore_eos", stats_path=path, max_new_tokens=100))
+    long = json.loads(path.read_text())
+    assert long["stop_reason"] == "max new tokens"
+    assert len(long["tokens"]) == 100
+    assert long["decode_tokens"] == 99
+    assert long["tokens"][: len(short["tokens"])] == short["tokens"]
+    assert long["tokens"][len(short["tokens"])] in MobileVLM(demo_pte).metadata.eos_ids
+
+
+def test_a_long_prompt_is_read_in_steps(run, tmp_path, demo_pte):
+    """As the steps are, or a token at a time: the same answer."""
+    model = MobileVLM(demo_pte)
+    most = model.metadata.max_seq_len
+    question = "What color is the circle?"
+    prompt = question
+    stats_path = tmp_path / "stats.json"
+    while len(ids := prompt_ids(model.tokenizer, model.metadata, prompt)[0]) <= 2 * most:
+        prompt += " " + question
+        if len(ids) > model.metadata.max_context_len - 60:
+            pytest.skip(f"the file takes {most} tokens in one call")
+    answer(run("--raw_prompt", "--ignore_eos", prompt=prompt, max_new_tokens=12, stats_path=stats_path))
+    stats = json.loads(stats_path.read_text())
+    assert stats["prompt_tokens"] == len(ids)
+    assert stats["prefill_steps"] == [most, most, len(ids) - 2 * most]
+
+    tokens: list[int] = []
+    for position in range(len(ids) + 12):
+        token = ids[position] if position < len(ids) else tokens[-1]
+        embedding = model.program.token_embedding(torch.tensor([[token]])).clone()
+        logits = model.program.text_decoder(embedding, position)
+        if position >= len(ids) - 1:
+            tokens.append(int(logits.argmax()))
+    assert stats["tokens"] == tokens[:12]
+
+
+def test_low_memory_gives_the_same_answer(run, sample_image, tmp_path):
+    path = tmp_path / "stats.json"
+    expected = answer(run(image_path=sample_image))
+    for cache in ("auto", "off"):
+        assert answer(run("--low_memory", image_path=sample_image, weight_cache=cache, stats_path=path)) == expected
+        stats = json.loads(path.read_text())
+        assert stats["low_memory"]
+        memory = {stage["stage"]: stage for stage in stats["memory"]}
+        assert list(memory) == ["encoded", "vision unloaded", "loaded", "answered"]
+        assert memory["vision unloaded"]["rss_bytes"] < memory["encoded"]["rss_bytes"]
+    assert answer(run("--low_memory")) == answer(run())
+
+
+# Profile
+
+
+def test_etdump_is_what_the_inspector_reads(run, sample_image, tmp_path):
+    from executorch.devtools import Inspector
+
+    path, stats_path = tmp_path / "run.etdump", tmp_path / "stats.json"
+    expected = answer(run(image_path=sample_image))
+    assert answer(run(image_path=sample_image, etdump=path, stats_path=stats_path)) == expected
+    assert list(tmp_path.glob("run.etdump*")) == [path], "a temporary file was left"
+    stats = json.loads(stats_path.read_text())
+    calls = {
+        block.name: len(event.perf_data.raw)
+        for block in Inspector(etdump_path=str(path)).event_blocks
+        for event in block.events
+        if event.name == "Method::execute"
+    }
+    assert calls["vision_encoder"] == 1
+    assert calls["text_decoder[decode]"] == stats["decode_tokens"]
+    assert calls["text_decoder[prefill]"] == len(stats["prefill_steps"])
+    assert calls["token_embedding"] >= 2 + stats["decode_tokens"]
+
+
+def test_an_older_etdump_is_replaced_only_by_a_whole_one(run, tmp_path):
+    path = tmp_path / "run.etdump"
+    path.write_text("old")
+    check_refused(run(etdump=path, seq_len=5), "takes")
+    assert path.read_text() == "old"
+
+
 def test_seq_len_limits_prompt_and_answer_together(run, tmp_path):
     path = tmp_path / "stats.json"
     answer(run(stats_path=path))
@@ -222,9 +274,10 @@ def test_a_tokenizer_of_another_model(run, tmp_path):
 def test_help_teaches(llava_main):
     result = subprocess.run([llava_main, "--help"], capture_output=True, text=True)
     assert result.returncode == 0
-    assert result.stdout.count("llava_main --model_path") == 3
+    assert result.stdout.count("llava_main --model_path") == 4
     flags = "model_path tokenizer_path image_path prompt raw_prompt seq_len max_new_tokens temperature top_p top_k seed"
-    for flag in [*flags.split(), "cpu_threads", "workspace_sharing", "stats_path", "quiet", "version", "help"]:
+    flags += " cpu_threads workspace_sharing weight_cache prepare low_memory ignore_eos stats_path etdump quiet"
+    for flag in [*flags.split(), "version", "help"]:
         assert f"--{flag}" in result.stdout, flag
     assert "A .pte without a vision encoder takes none" in result.stdout
 
@@ -232,7 +285,7 @@ def test_help_teaches(llava_main):
 def test_version(llava_main):
     result = subprocess.run([llava_main, "--version"], capture_output=True, text=True)
     assert result.returncode == 0
-    assert re.fullmatch(r"llava_main \d+\.\d+\S* \(ExecuTorch \d.*, \.pte format 1\)\n", result.stdout)
+    assert re.fullmatch(r"llava_main \d+\.\d+\S* \(ExecuTorch \d.*, \.pte format 2\)\n", result.stdout)
 
 
 # Bad usage
@@ -260,6 +313,8 @@ def test_version(llava_main):
         ({"cpu_threads": 0}, ["--cpu_threads 0", "1 to"]),
         ({"seq_len": 769}, ["--seq_len 769", "768 positions"]),
         ({"seq_len": 1}, ["--seq_len 1"]),
+        ({"weight_cache": ""}, ["--weight_cache is empty", "auto, off or a folder"]),
+        ({"etdump": "no/such/folder/x.etdump"}, ["no/such/folder/x.etdump", "No such file"]),
         ({"workspace_sharing": "some"}, ["--workspace_sharing", "some", "off", "model", "global"]),
         ({"stats_path": "no/such/folder/stats.json"}, ["no/such/folder/stats.json", "No such file"]),
         ({"stats_path": "."}, ["is a folder"]),
@@ -346,6 +401,16 @@ def test_a_pte_of_another_model(run, tmp_path):
     check_refused(
         run(model_path=path), "not an mvlm .pte", "mvlm_format_version", "it has methods forward", "mvlm.export"
     )
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [(1, "made by an older mvlm: export it again"), (3, "made by a newer mvlm: install that here too")],
+)
+def test_a_pte_of_another_format(run_pte, tmp_path, demo_tokenizer, version, expected):
+    constants = hollow_constants(demo_tokenizer, ()) | {"mvlm_format_version": version}
+    path = write_hollow_pte(tmp_path / "other.pte", constants, with_vision=True)
+    check_refused(run_pte(model_path=path), str(path), f"is of format {version}", "reads format 2 alone", expected)
 
 
 # Pictures

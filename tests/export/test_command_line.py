@@ -50,6 +50,7 @@ METADATA = Metadata(
     checkpoint_id="sha256:0",
     mvlm_version="0",
     recipe="{}",
+    max_seq_len=2,
     max_context_len=2,
     vocab_size=3,
     bos_id=1,
@@ -157,7 +158,8 @@ def test_version(capsys):
         ("--recipe mobile --group-size 64", Recipe(group_size=64)),
         ("--recipe small", Recipe("small", embedding_bits=4, vision="int4")),
         ("--recipe small --vision fp32", Recipe("small", embedding_bits=4, vision="fp32")),
-        ("--recipe accurate --lm-head-bits 4", Recipe("accurate", group_size=32)),
+        ("--recipe accurate --lm-head-bits 4", Recipe("accurate", group_size=32, kv_cache="fp16")),
+        ("--kv-cache fp32 --prefill-chunk 64", Recipe(kv_cache="fp32", prefill_chunk=64)),
         ("--embedding-bits 32", Recipe(embedding_bits=32)),
     ],
 )
@@ -387,7 +389,7 @@ def test_what_the_pipeline_says(tmp_path, capsys, monkeypatch):
         r"^  18 tensors are not needed: vision_model\.encoder\.layers\.1\..* and 15 more$", err, re.MULTILINE
     )
     assert "group size 64 instead of 128 for" in err
-    assert re.search(r"^  language_model mlp\.up_proj +1  int4, groups of 64, hqq ", err, re.MULTILINE)
+    assert re.search(r"^  language_model mlp\.gate_up_proj +1  int4, groups of 64, hqq ", err, re.MULTILINE)
     assert "group size 32 instead of 128 for mlp.down_proj: their width wants it" in err
     assert list(tmp_path.iterdir()) == [folder]
 

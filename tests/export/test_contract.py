@@ -6,13 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from mvlm.export.contract import CONSTANT_METHODS, IMAGE_CONSTANT_METHODS, ImageProcessing, Metadata
+from mvlm.export.contract import (
+    CONSTANT_METHODS,
+    FORMAT_VERSION,
+    IMAGE_CONSTANT_METHODS,
+    ImageProcessing,
+    Metadata,
+)
 
 WITH_PICTURES = Metadata(
     model_name="toy",
     checkpoint_id="sha256:0",
     mvlm_version="0.1.0",
     recipe="{}",
+    max_seq_len=256,
     max_context_len=768,
     vocab_size=32064,
     bos_id=1,
@@ -53,9 +60,10 @@ def test_image_constants_come_all_or_none(name):
         Metadata.from_constant_methods({key: value for key, value in whole.items() if key not in others})
 
 
-def test_a_newer_format_is_said_before_what_it_lacks():
-    with pytest.raises(ValueError, match="of format 2, this mvlm reads up to 1: install a newer mvlm"):
-        Metadata.from_constant_methods({"mvlm_format_version": 2})
+@pytest.mark.parametrize(("version", "advice"), [(FORMAT_VERSION + 1, "install a newer mvlm"), (1, "export it again")])
+def test_another_format_is_said_before_what_it_lacks(version, advice):
+    with pytest.raises(ValueError, match=f"of format {version}, this mvlm reads format {FORMAT_VERSION}: {advice}"):
+        Metadata.from_constant_methods({"mvlm_format_version": version})
 
 
 @pytest.mark.parametrize(

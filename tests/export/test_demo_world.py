@@ -336,7 +336,8 @@ def test_rounding_to_4_bits() -> None:
 def test_rounded_weights_are_used_inside_and_trained_straight_through(tokenizer_model: bytes) -> None:
     trainer = tiny_trainer(tokenizer_model)
     language = trainer.model.language_model
-    linear, before = language.layers[0].mlp.up_proj, language.layers[0].mlp.up_proj.weight.detach().clone()
+    linear = language.layers[0].mlp.gate_up_proj
+    before = linear.weight.detach().clone()
     embedding = language.embed_tokens.weight.detach().clone()
     with rounded_linears(trainer.model, 32):
         assert torch.equal(linear.weight, rounded_to_4_bits(before, 32))

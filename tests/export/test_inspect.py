@@ -36,7 +36,7 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize
 from torchao.quantization.granularity import PerGroup
 
 from mvlm.export import inspect
-from mvlm.export.contract import TOKENIZER, ImageProcessing, Metadata
+from mvlm.export.contract import FORMAT_VERSION, TOKENIZER, ImageProcessing, Metadata
 from mvlm.export.errors import ExportError
 from mvlm.export.inspect import DataFacts, MethodFacts, PteFacts, inspect_pte, library_of, main, to_json, to_text
 from mvlm.export.recipe import mobile
@@ -148,6 +148,7 @@ METADATA = Metadata(
     checkpoint_id="sha256:0123",
     mvlm_version="0.9",
     recipe=mobile().to_json(),
+    max_seq_len=256,
     max_context_len=768,
     vocab_size=10,
     bos_id=1,
@@ -431,7 +432,7 @@ def test_external_constants(pte_of):
 def test_mvlm_file(pte_of):
     facts = pte_of("mvlm").facts
     mvlm = facts.mvlm
-    assert (mvlm.format_version, mvlm.mvlm_version, mvlm.model_name) == (1, "0.9", "tiny")
+    assert (mvlm.format_version, mvlm.mvlm_version, mvlm.model_name) == (FORMAT_VERSION, "0.9", "tiny")
     assert mvlm.checkpoint_id == "sha256:0123"
     assert mvlm.recipe == json.loads(mobile().to_json())
     assert (mvlm.tokenizer.kind, mvlm.tokenizer.num_bytes, mvlm.tokenizer.pieces) == ("unknown", 200, None)
@@ -439,7 +440,7 @@ def test_mvlm_file(pte_of):
     [ids] = method(facts, "token_embedding").inputs
     assert (ids.name, ids.dtype, ids.shape) == ("ids", "int64", (1, 3))
     text = to_text(facts)
-    assert "made by mvlm 0.9, format 1\n" in text
+    assert f"made by mvlm 0.9, format {FORMAT_VERSION}\n" in text
     assert "group_size 128" in text
     assert "unknown, 200 bytes" in text
     assert "mvlm_recipe" not in text, "it is told above"
@@ -476,10 +477,10 @@ def test_the_demo_model(demo_pte):
     assert {method.name for method in facts.methods} == {"vision_encoder", "token_embedding", "text_decoder"}
     text = method(facts, "text_decoder")
     assert [value.name for value in text.inputs] == ["embeddings", "start_pos"]
-    attention = [operator for operator in text.operators if operator.library == "libmvlm_ops"]
+    attention = [operator for operator in text.operators if operator.name.startswith("mvlm::sdpa")]
     [arena] = text.memory
     layers = sum(operator.calls for operator in attention)
-    assert arena.mutable_buffers == 2 * layers, "keys and values of each layer"
+    assert arena.mutable_buffers == 4 * layers, "keys and values of each layer, and their scales"
     assert all(delegates.readable for method in facts.methods for delegates in method.delegates)
     assert {data.kind for data in facts.named_data} >= {"int8 per channel", "scales of int8 per channel"}
     assert not any("not referred to" in data.kind for data in facts.named_data)

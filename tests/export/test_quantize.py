@@ -41,8 +41,8 @@ SIZES = Sizes(
     head_dim=64,
     num_hidden_layers=2,
 )
-LANGUAGE_LINEARS = 2 * 7 + 1
-VISION_LINEARS = 6 + 2 + 2 * 3  # one block; LDP: two linears, then fc1, fc2 and pointwise of two residuals
+LANGUAGE_LINEARS = 2 * 4 + 1
+VISION_LINEARS = 4 + 2 + 2 * 3  # one block; LDP: two linears, then fc1, fc2 and pointwise of two residuals
 
 
 @pytest.fixture(autouse=True)
@@ -291,8 +291,8 @@ def test_hqq_stops_where_nothing_changes():
 @pytest.mark.parametrize(
     ("recipe", "name", "scheme"),
     [
-        (Recipe(group_size=32), "language_model.layers.0.mlp.up_proj", "int4, groups of 32, hqq"),
-        (Recipe(scales="affine"), "language_model.layers.0.mlp.up_proj", "int4, groups of 128, affine"),
+        (Recipe(group_size=32), "language_model.layers.0.mlp.gate_up_proj", "int4, groups of 32, hqq"),
+        (Recipe(scales="affine"), "language_model.layers.0.mlp.gate_up_proj", "int4, groups of 128, affine"),
         (Recipe(group_size=256), "language_model.layers.0.mlp.down_proj", "int4, groups of 32, hqq"),
         (Recipe(), "language_model.lm_head", "int4, groups of 128, hqq"),
         (Recipe(lm_head_bits=8), "language_model.lm_head", "int8, one scale per output channel"),
@@ -354,7 +354,7 @@ def test_tensor_by_tensor_is_the_same(recipe, checkpoint, float32, tmp_path):
 def test_bytes_in_the_report(quantized):
     """Two weights to a byte and two bytes per scale; or a byte and four per row."""
     _, report = quantized
-    assert report["language_model.layers.0.mlp.up_proj"].num_bytes == 352 * 256 // 2 + 352 * 2 * 2
+    assert report["language_model.layers.0.mlp.gate_up_proj"].num_bytes == 704 * 256 // 2 + 704 * 2 * 2
     assert report["language_model.embed_tokens"].num_bytes == SIZES.vocab_size * 256 + SIZES.vocab_size * 4
     for name, layer in report.items():
         if name != "language_model.embed_tokens":

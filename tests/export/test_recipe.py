@@ -8,11 +8,12 @@ import json
 import pytest
 
 from mvlm.export.errors import ExportError
-from mvlm.export.recipe import RECIPES, SCALE_ALGORITHMS, Recipe, mobile
+from mvlm.export.models import KV_CACHE_TYPES, MobileVLMConfig
+from mvlm.export.recipe import KV_CACHES, RECIPES, SCALE_ALGORITHMS, Recipe, mobile
 
 
 def test_the_default_recipe():
-    assert mobile() == Recipe("mobile", 128, "hqq", 4, 8, "int8", 768)
+    assert mobile() == Recipe("mobile", 128, "hqq", 4, 8, "int8", "int8", 768, 256)
     assert all(make().name == name for name, make in RECIPES.items())
 
 
@@ -26,6 +27,8 @@ def test_the_default_recipe():
         ("lm_head_bits", 5, "bits of lm_head: 5 is not possible; choose one of 4, 8$"),
         ("embedding_bits", 16, "bits of the embedding: 16 is not possible; choose one of 4, 8, 32$"),
         ("vision", "fp16", "vision weights: 'fp16' is not possible; choose one of int4, int8, fp32$"),
+        ("kv_cache", "int4", "KV cache: 'int4' is not possible; choose one of fp32, fp16, int8$"),
+        ("prefill_chunk", 0, "prefill chunk 0 is not possible: one token at least is read at once$"),
     ],
 )
 def test_impossible_values(field, value, message):
@@ -37,6 +40,27 @@ def test_impossible_values(field, value, message):
 def test_too_short_context(max_context_len):
     with pytest.raises(ExportError, match=f"max context length {max_context_len} is too short: .* need 2 at least"):
         Recipe(max_context_len=max_context_len)
+
+
+@pytest.mark.parametrize(
+    ("max_context_len", "prefill_chunk", "projector", "max_seq_len"),
+    [
+        (768, 256, "ldpnet", 256),
+        (768, 100, "ldpnet", 144),  # a picture is read at once
+        (768, 256, "mlp2x_gelu", 576),
+        (200, 256, "ldpnet", 200),
+        (768, 1024, "ldpnet", 768),
+    ],
+)
+def test_tokens_read_at_once(max_context_len, prefill_chunk, projector, max_seq_len):
+    recipe = Recipe(max_context_len=max_context_len, prefill_chunk=prefill_chunk)
+    assert recipe.max_seq_len(MobileVLMConfig(projector_type=projector)) == max_seq_len
+    alone = MobileVLMConfig(vision=None)
+    assert recipe.max_seq_len(alone) == min(max_context_len, prefill_chunk)
+
+
+def test_kv_cache_types_are_those_of_the_model():
+    assert tuple(KV_CACHE_TYPES) == KV_CACHES
 
 
 def test_recipe_of_an_older_file():

@@ -1,4 +1,7 @@
-"""mvlm::sdpa_with_kv_cache, eager and native, against torch's scaled_dot_product_attention."""
+"""mvlm::sdpa_with_kv_cache and its int8 twin, eager and native.
+
+They are compared with torch's scaled_dot_product_attention of keys that transformers rotated.
+"""
 
 from __future__ import annotations
 
@@ -11,160 +14,159 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from attention_programs import export, load
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import mvlm.ops
-from mvlm.ops import sdpa_with_kv_cache
+from mvlm.ops import sdpa_with_int8_kv_cache, sdpa_with_kv_cache
 
 INT64_MAX = 2**63 - 1
 TOLERANCE = 2e-6  # inputs and outputs are of magnitude 1
+F32, F16, I8 = torch.float32, torch.float16, torch.int8
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that are fixed when a program is exported."""
+    """What is fixed when a program is exported."""
 
     heads: int
     kv_heads: int
     head_dim: int
     capacity: int
     scale: float | None = None
+    cache: torch.dtype = F32
 
     def __str__(self) -> str:
         scale = "" if self.scale is None else f"-scale{self.scale:g}"
-        return f"{self.heads}over{self.kv_heads}x{self.head_dim}-cap{self.capacity}{scale}"
+        return f"{self.heads}over{self.kv_heads}x{self.head_dim}-cap{self.capacity}{scale}-{self.cache}"
 
-    def random(self, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value of ``tokens`` new tokens."""
+    def random(self, tokens: int, seed: int) -> torch.Tensor:
+        """The packed projection of ``tokens`` new tokens."""
         generator = torch.Generator().manual_seed(seed)
-        heads = (self.heads, self.kv_heads, self.kv_heads)
-        q, k, v = (torch.randn(1, tokens, h, self.head_dim, generator=generator) for h in heads)
-        return q, k, v
+        return torch.randn(1, tokens, (self.heads + 2 * self.kv_heads) * self.head_dim, generator=generator)
 
-    def caches(self, fill: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def caches(self, fill: float) -> list[torch.Tensor]:
+        """The operator's caches, in its order. Integers are 99: their scales are ``fill``."""
         size = (1, self.kv_heads, self.capacity, self.head_dim)
-        return tuple(torch.full(size, fill, dtype=torch.float32) for _ in range(2))
+        if self.cache is I8:
+            return [
+                x for _ in range(2) for x in (torch.full(size, 99, dtype=I8), torch.full(size[:3], fill, dtype=F32))
+            ]
+        return [torch.full(size, fill, dtype=self.cache) for _ in range(2)]
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of more positions than are needed."""
+        frequencies = 10000.0 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
+        angles = torch.outer(torch.arange(self.capacity + 3), frequencies)
+        return angles.cos(), angles.sin()
+
+    def run(self, qkv: torch.Tensor, caches: list[torch.Tensor], start_pos: torch.Tensor) -> torch.Tensor:
+        """The operator."""
+        operator = sdpa_with_int8_kv_cache if self.cache is I8 else sdpa_with_kv_cache
+        return operator(qkv, *caches, *self.tables(), start_pos, self.heads, scale=self.scale)
 
 
 SHAPES = [
     Shape(heads=4, kv_heads=4, head_dim=64, capacity=97),
     Shape(heads=4, kv_heads=2, head_dim=80, capacity=70),
     Shape(heads=3, kv_heads=1, head_dim=128, capacity=130),
-    Shape(heads=6, kv_heads=2, head_dim=33, capacity=40, scale=0.7),
-    Shape(heads=1, kv_heads=1, head_dim=7, capacity=3),
+    Shape(heads=6, kv_heads=2, head_dim=34, capacity=40, scale=0.3),
+    Shape(heads=1, kv_heads=1, head_dim=2, capacity=3),
 ]
+SHAPES += [replace(shape, cache=F16) for shape in SHAPES[1:4]] + [replace(shape, cache=I8) for shape in SHAPES]
 
 
 class Attention(torch.nn.Module):
-    """Nothing but the operator, over caches of its own: what a model's layer does."""
+    """Nothing but the operator, over caches of its own, which it shows."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        key_cache, value_cache = shape.caches(0)
-        self.register_buffer("key_cache", key_cache)
-        self.register_buffer("value_cache", value_cache)
-        self.scale = shape.scale
+        self.shape = shape
+        for i, cache in enumerate(shape.caches(0)):
+            self.register_buffer(f"cache{i}", cache)
+        cos, sin = shape.tables()
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        start_pos: torch.Tensor,
-    ) -> torch.Tensor:
-        return torch.ops.mvlm.sdpa_with_kv_cache(
-            query, key, value, self.key_cache, self.value_cache, start_pos, scale=self.scale
-        )
-
-
-def export(module: torch.nn.Module, example: tuple[torch.Tensor, ...], capacity: int) -> bytes:
-    """The .pte of a module whose inputs but the last have 1 to ``capacity`` tokens in dim 1."""
-    from executorch.exir import (
-        EdgeCompileConfig,
-        ExecutorchBackendConfig,
-        to_edge_transform_and_lower,
-    )
-    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-
-    tokens = torch.export.Dim("tokens", min=1, max=capacity)
-    program = torch.export.export(module, example, dynamic_shapes=({1: tokens},) * (len(example) - 1) + (None,))
-    lowered = to_edge_transform_and_lower(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
-    config = ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
-    return lowered.to_executorch(config).buffer
-
-
-def load(pte: bytes) -> Callable[..., torch.Tensor]:
-    """The forward method, on the Python runtime. Its caches start out undefined."""
-    from executorch.runtime import Runtime
-
-    mvlm.ops.load_native_library()
-    program = Runtime.get().load_program(pte)
-    method = program.load_method("forward")
-
-    def forward(*inputs: torch.Tensor) -> torch.Tensor:
-        assert program is not None  # The method does not keep the program's bytes alive; we do.
-        return method.execute(inputs)[0].clone()
-
-    return forward
+    def forward(self, qkv: torch.Tensor, start_pos: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        shape = self.shape
+        operator = torch.ops.mvlm.sdpa_with_int8_kv_cache if shape.cache is I8 else torch.ops.mvlm.sdpa_with_kv_cache
+        caches = [getattr(self, f"cache{i}") for i in range(4 if shape.cache is I8 else 2)]
+        result = operator(qkv, *caches, self.cos, self.sin, start_pos, shape.heads, scale=shape.scale)
+        return (result, *(cache.clone() for cache in caches))
 
 
 @functools.cache
 def exported_attention(shape: Shape) -> bytes:
-    example = (*shape.random(tokens=2, seed=0), torch.tensor([0]))
-    return export(Attention(shape), example, shape.capacity)
+    return export(Attention(shape), (shape.random(tokens=2, seed=0), torch.tensor([0])), shape.capacity)
 
 
-def native(shape: Shape) -> Callable[..., torch.Tensor]:
-    """A fresh native program: forward(query, key, value, start_pos)."""
+def native_with_caches(shape: Shape) -> Callable[..., list[torch.Tensor]]:
+    """A fresh native program: forward(qkv, start_pos) gives the result and the caches."""
     return load(exported_attention(shape))
 
 
+def native(shape: Shape) -> Callable[..., torch.Tensor]:
+    """A fresh native program: forward(qkv, start_pos)."""
+    function = native_with_caches(shape)
+    return lambda qkv, start_pos: function(qkv, start_pos)[0]
+
+
 def eager(shape: Shape) -> Callable[..., torch.Tensor]:
-    """The eager operator over caches of NaN: forward(query, key, value, start_pos)."""
-    key_cache, value_cache = shape.caches(math.nan)
+    """The eager operator over caches of NaN: forward(qkv, start_pos)."""
+    caches = shape.caches(math.nan)
+    return lambda qkv, start_pos: shape.run(qkv, caches, start_pos)
 
-    def forward(query, key, value, start_pos):
-        return sdpa_with_kv_cache(query, key, value, key_cache, value_cache, start_pos, scale=shape.scale)
 
-    return forward
+def stored(x: torch.Tensor, cache: torch.dtype) -> torch.Tensor:
+    """What comes back from a cache: [..., head_dim] with a scale per vector, if it is of integers."""
+    if cache is not I8:
+        return x.to(cache).float()
+    maximum = x.abs().amax(-1, keepdim=True)
+    integers = torch.round(x * torch.div(torch.tensor([127.0]), maximum))
+    return integers.clamp(-127, 127) * (maximum / 127)
 
 
 class Reference:
-    """The same by torch.nn.functional.scaled_dot_product_attention, over everything seen so far."""
+    """The same by transformers' rotation and torch's attention, over everything seen so far."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self.keys, self.values = (cache.transpose(1, 2) for cache in shape.caches(math.nan))
+        size = (1, shape.kv_heads, shape.capacity, shape.head_dim)
+        self.keys, self.values = torch.full(size, math.nan), torch.full(size, math.nan)
 
-    def __call__(self, query, key, value, start_pos):
-        start, end = int(start_pos), int(start_pos) + query.shape[1]
-        self.keys[:, start:end] = key
-        self.values[:, start:end] = value
-        return scaled_dot_product_attention(
-            query.transpose(1, 2),
-            self.keys[:, :end].transpose(1, 2),
-            self.values[:, :end].transpose(1, 2),
-            attn_mask=torch.ones(end - start, end, dtype=torch.bool).tril(start),
-            scale=self.shape.scale,
+    def __call__(self, qkv: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        shape, tokens = self.shape, qkv.shape[1]
+        start, end = int(start_pos), int(start_pos) + tokens
+        widths = [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        q, k, v = (x.view(1, tokens, -1, shape.head_dim).transpose(1, 2) for x in qkv.split(widths, dim=-1))
+        cos, sin = (torch.cat([table, table], dim=-1)[None, start:end] for table in shape.tables())
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        self.keys[:, :, start:end] = stored(k, shape.cache)
+        self.values[:, :, start:end] = stored(v, shape.cache)
+        attended = scaled_dot_product_attention(
+            q.double(),
+            self.keys[:, :, :end].double(),
+            self.values[:, :, :end].double(),
+            attn_mask=torch.ones(tokens, end, dtype=torch.bool).tril(start),
+            scale=shape.scale,
             enable_gqa=True,
-        ).transpose(1, 2)
+        )
+        return attended.transpose(1, 2).flatten(2).float()
 
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [eager, native])
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
-
-
 def step(shape: Shape, functions: list[Callable], start: int, tokens: int, seed: int) -> None:
     """One call of each function with the same inputs; all must agree."""
-    inputs = (*shape.random(tokens, seed), torch.tensor([start]))
+    inputs = (shape.random(tokens, seed), torch.tensor([start]))
     expected, *actual = [function(*inputs) for function in functions]
     for result in actual:
         assert result.is_contiguous()
-        assert_equal(result, expected)
+        torch.testing.assert_close(result, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @IMPLEMENTATIONS
@@ -209,9 +211,10 @@ def test_eager_matches_on_random_shapes() -> None:
         shape = Shape(
             heads=kv_heads * rng.randint(1, 4),
             kv_heads=kv_heads,
-            head_dim=rng.choice([1, 5, 17, 64, 80, 96, 128]),
+            head_dim=rng.choice([2, 6, 18, 64, 80, 96, 128]),
             capacity=rng.randint(2, 60),
-            scale=rng.choice([None, 0.05, 1.3]),
+            scale=rng.choice([None, 0.05, 0.15]),
+            cache=rng.choice([F32, F16, I8]),
         )
         functions = [Reference(shape), eager(shape)]
         prefix = rng.randint(1, shape.capacity - 1)
@@ -219,12 +222,49 @@ def test_eager_matches_on_random_shapes() -> None:
         step(shape, functions, prefix, rng.randint(1, shape.capacity - prefix), seed + 1000)
 
 
+@ALL_SHAPES
+def test_native_caches_equal_eager_ones_bit_for_bit(shape: Shape) -> None:
+    function, caches = native_with_caches(shape), shape.caches(0)
+    # Many vectors, because ways of rounding that differ agree on most.
+    calls = [(0, shape.capacity)] * 10 + [(1, 2), (shape.capacity - 1, 1)]
+    for seed, (start, tokens) in enumerate(calls):
+        magnitudes = 10.0 ** torch.arange(-3, tokens - 3).clamp(max=3)
+        qkv = shape.random(tokens, seed) * magnitudes[None, :, None]
+        qkv[:, 0, -shape.head_dim :] = 0  # the last head's value
+        _, *native_caches = function(qkv, torch.tensor([start]))
+        shape.run(qkv, caches, torch.tensor([start]))
+        for actual, expected in zip(native_caches, caches, strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_int8_cache_holds_rounded_multiples_of_the_scale() -> None:
+    shape = Shape(heads=1, kv_heads=1, head_dim=4, capacity=3, cache=I8)
+    caches = shape.caches(5.0)
+    value = [1.27, -0.635, 0.3, -1.0]
+    shape.run(torch.tensor([[[0.0] * 8 + value]]), caches, torch.tensor([1]))
+    assert caches[0][0, 0].tolist() == [[99] * 4, [0] * 4, [99] * 4]
+    assert caches[1].tolist() == [[[5.0, 0.0, 5.0]]]
+    assert caches[2][0, 0, 1].tolist() == [127, -64, 30, -100]  # -63.5 goes to the even neighbour
+    assert caches[3][0, 0, 1].item() == pytest.approx(0.01)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("cache", "bound"), [(F16, 60), (I8, 35)])
+def test_narrow_caches_lose_little(cache: torch.dtype, bound: float, implementation: Callable) -> None:
+    shape = Shape(heads=4, kv_heads=2, head_dim=80, capacity=70, cache=cache)
+    inputs = shape.random(shape.capacity, seed=5), torch.tensor([0])
+    exact = Reference(replace(shape, cache=F32))(*inputs)
+    noise = implementation(shape)(*inputs) - exact
+    ratio = 20 * math.log10(exact.norm() / noise.norm())
+    assert bound <= ratio < bound + 30  # more would mean that the cache is not narrow
+
+
 @IMPLEMENTATIONS
 @ALL_SHAPES
 def test_nothing_past_the_written_positions_is_read(shape: Shape, implementation: Callable) -> None:
     function = implementation(shape)
-    garbage = tuple(torch.full_like(x, math.nan) for x in shape.random(shape.capacity, seed=0))
-    assert function(*garbage, torch.tensor([0])).isnan().all()
+    garbage = torch.full_like(shape.random(shape.capacity, seed=0), math.nan)
+    assert function(garbage, torch.tensor([0])).isnan().all()
     functions = [Reference(shape), function]
     done = 0
     for tokens in [1, 1, 30, 1, 2]:
@@ -250,16 +290,16 @@ def out_of_range(capacity: int) -> list[tuple[int, int]]:
     ]
 
 
-def test_eager_rejects_positions_out_of_range() -> None:
-    shape = SHAPES[1]
-    key_cache, value_cache = torch.randn(2, 1, shape.kv_heads, shape.capacity, shape.head_dim)
-    before = key_cache.clone(), value_cache.clone()
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[-4]], ids=str)
+def test_eager_rejects_positions_out_of_range(shape: Shape) -> None:
+    caches = shape.caches(3.0)
+    before = [cache.clone() for cache in caches]
     for start, tokens in out_of_range(shape.capacity):
         allowed = f"start_pos is {start}; .* must be from 0 to {shape.capacity - tokens}"
         with pytest.raises(ValueError, match=allowed):
-            sdpa_with_kv_cache(*shape.random(tokens, seed=1), key_cache, value_cache, torch.tensor([start]))
-        assert torch.equal(key_cache, before[0])
-        assert torch.equal(value_cache, before[1])
+            shape.run(shape.random(tokens, seed=1), caches, torch.tensor([start]))
+        for cache, same in zip(caches, before, strict=True):
+            assert torch.equal(cache, same)
 
 
 @ALL_SHAPES
@@ -269,10 +309,10 @@ def test_native_rejects_positions_out_of_range(shape: Shape, capfd: pytest.Captu
     half = max(1, shape.capacity // 2)
     step(shape, [reference, function], 0, half, seed=1)
     for start, tokens in out_of_range(shape.capacity):
-        poison = tuple(torch.full_like(x, math.nan) for x in shape.random(tokens, seed=2))
+        poison = torch.full_like(shape.random(tokens, seed=2), math.nan)
         capfd.readouterr()
         with pytest.raises(RuntimeError, match="0x12"):  # Error::InvalidArgument
-            function(*poison, torch.tensor([start]))
+            function(poison, torch.tensor([start]))
         assert f"start_pos is {start}; with {tokens} tokens" in "".join(capfd.readouterr())
         # Rewrites the last position only, so that everything before it is what step 1 left.
         step(shape, [reference, function], half - 1, 1, seed=3)
@@ -280,124 +320,153 @@ def test_native_rejects_positions_out_of_range(shape: Shape, capfd: pytest.Captu
 
 
 VALID = {
-    "query": torch.zeros(1, 3, 4, 8),
-    "key": torch.zeros(1, 3, 2, 8),
-    "value": torch.zeros(1, 3, 2, 8),
+    "qkv": torch.zeros(1, 3, 64),
     "key_cache": torch.zeros(1, 2, 10, 8),
     "value_cache": torch.zeros(1, 2, 10, 8),
+    "cos": torch.zeros(12, 4),
+    "sin": torch.zeros(12, 4),
     "start_pos": torch.tensor([0]),
+    "heads": 4,
     "scale": None,
+}
+VALID_INT8 = VALID | {
+    "key_cache": torch.zeros(1, 2, 10, 8, dtype=I8),
+    "key_scales": torch.zeros(1, 2, 10),
+    "value_cache": torch.zeros(1, 2, 10, 8, dtype=I8),
+    "value_scales": torch.zeros(1, 2, 10),
 }
 
 
+def both_caches(*size: int) -> dict[str, torch.Tensor]:
+    return {"key_cache": torch.zeros(size), "value_cache": torch.zeros(size)}
+
+
+MISTAKES = [
+    ({"qkv": torch.zeros(1, 3, 64).double()}, "qkv is torch.float64"),
+    ({"qkv": torch.zeros(3, 64)}, r"qkv has shape \[3, 64\]"),
+    ({"qkv": torch.zeros(2, 3, 64)}, r"qkv has shape \[2, 3, 64\]"),
+    ({"qkv": torch.zeros(1, 0, 64)}, "at least one token"),
+    ({"qkv": torch.zeros(1, 3, 56)}, r"must be \[1, tokens, 64\]"),
+    ({"heads": 2}, r"must be \[1, tokens, 48\]"),
+    ({"heads": 3}, "3 query heads cannot share 2"),
+    ({"heads": 0}, "0 query heads cannot share 2"),
+    ({"key_cache": torch.zeros(1, 2, 10, 8).double()}, "key_cache is torch.float64"),
+    ({"value_cache": torch.zeros(1, 2, 10, 8).half()}, "value_cache is torch.float16; it must be torch.float32"),
+    ({"value_cache": torch.zeros(1, 2, 9, 8)}, r"value_cache has shape \[1, 2, 9, 8\]"),
+    (both_caches(2, 10, 8), r"key_cache has shape \[2, 10, 8\]"),
+    (both_caches(1, 2, 10, 7), "an even head_dim"),
+    (both_caches(1, 0, 10, 8), "at least one head"),
+    (both_caches(1, 2, 2, 8), "3 tokens do not fit a cache of 2 positions"),
+    ({"cos": torch.zeros(12, 4).half()}, "cos is torch.float16"),
+    ({"cos": torch.zeros(9, 4)}, r"cos has shape \[9, 4\]; .* \[10 or more, 4\]"),
+    ({"sin": torch.zeros(12, 8)}, r"sin has shape \[12, 8\]"),
+    ({"sin": torch.zeros(1, 12, 4)}, r"sin has shape \[1, 12, 4\]"),
+    ({"start_pos": torch.tensor([0], dtype=torch.int32)}, "start_pos is torch.int32"),
+    ({"start_pos": torch.tensor(0)}, r"start_pos has shape \[\]"),
+    ({"start_pos": torch.tensor([0, 1])}, r"start_pos has shape \[2\]"),
+    ({"scale": 0.0}, "scale is 0.0"),
+    ({"scale": math.inf}, "scale is inf"),
+]
+INT8_MISTAKES = [
+    ({"heads": 3}, "sdpa_with_int8_kv_cache: 3 query heads cannot share 2"),
+    ({"key_cache": torch.zeros(1, 2, 10, 8)}, "key_cache is torch.float32"),
+    ({"value_cache": torch.zeros(1, 2, 10, 8, dtype=torch.uint8)}, "value_cache is torch.uint8"),
+    ({"key_scales": torch.zeros(1, 2, 10).half()}, "key_scales is torch.float16"),
+    ({"key_scales": torch.zeros(1, 2, 9)}, r"key_scales has shape \[1, 2, 9\]"),
+    ({"value_scales": torch.zeros(1, 2, 10, 1)}, r"value_scales has shape \[1, 2, 10, 1\]"),
+]
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"query": torch.zeros(1, 3, 4, 8).double()}, "query is torch.float64"),
-        ({"value_cache": torch.zeros(1, 2, 10, 8).half()}, "value_cache is torch.float16"),
-        ({"query": torch.zeros(3, 4, 8)}, r"query has shape \[3, 4, 8\]"),
-        ({"query": torch.zeros(2, 3, 4, 8)}, r"query has shape \[2, 3, 4, 8\]"),
-        ({"query": torch.zeros(1, 0, 4, 8)}, "at least one token"),
-        ({"query": torch.zeros(1, 3, 3, 8)}, "3 query heads cannot share 2"),
-        ({"key": torch.zeros(1, 2, 2, 8)}, r"key has shape \[1, 2, 2, 8\]"),
-        ({"key": torch.zeros(1, 3, 2, 4)}, r"key has shape \[1, 3, 2, 4\]"),
-        ({"value": torch.zeros(1, 3, 1, 8)}, r"value has shape \[1, 3, 1, 8\]"),
-        ({"key_cache": torch.zeros(1, 1, 10, 8)}, r"key_cache has shape \[1, 1, 10, 8\]"),
-        ({"value_cache": torch.zeros(1, 2, 9, 8)}, r"value_cache has shape \[1, 2, 9, 8\]"),
-        (
-            {"key_cache": torch.zeros(1, 2, 2, 8), "value_cache": torch.zeros(1, 2, 2, 8)},
-            "3 tokens do not fit a cache of 2 positions",
-        ),
-        ({"start_pos": torch.tensor([0], dtype=torch.int32)}, "start_pos is torch.int32"),
-        ({"start_pos": torch.tensor(0)}, r"start_pos has shape \[\]"),
-        ({"start_pos": torch.tensor([0, 1])}, r"start_pos has shape \[2\]"),
-        ({"scale": 0.0}, "scale is 0.0"),
-        ({"scale": math.inf}, "scale is inf"),
-    ],
+    ("operator", "arguments", "message"),
+    [(sdpa_with_kv_cache, VALID | changes, message) for changes, message in MISTAKES]
+    + [(sdpa_with_int8_kv_cache, VALID_INT8 | changes, message) for changes, message in INT8_MISTAKES],
 )
-def test_eager_and_fake_reject_wrong_arguments(changes: dict, message: str) -> None:
-    arguments = VALID | changes
-    with pytest.raises(ValueError, match=message):
-        sdpa_with_kv_cache(**arguments)
-    on_meta = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in arguments.items()}
-    with pytest.raises(ValueError, match=message):
-        sdpa_with_kv_cache(**on_meta)
+def test_eager_and_fake_reject_wrong_arguments(operator: Callable, arguments: dict, message: str) -> None:
+    for device in ("cpu", "meta"):
+        with pytest.raises(ValueError, match=message):
+            operator(**on(device, arguments))
 
 
-def test_fake_gives_the_shape_and_reads_no_values() -> None:
-    arguments = VALID | {"start_pos": torch.tensor([10**6])}  # out of range, if it were read
-    on_meta = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in arguments.items()}
-    out = sdpa_with_kv_cache(**on_meta)
-    assert out.shape == (1, 3, 4, 8)
+def on(device: str, arguments: dict) -> dict:
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
+
+
+@pytest.mark.parametrize(
+    ("operator", "valid"), [(sdpa_with_kv_cache, VALID), (sdpa_with_int8_kv_cache, VALID_INT8)], ids=["float", "int8"]
+)
+def test_fake_gives_the_shape_and_reads_no_values(operator: Callable, valid: dict) -> None:
+    arguments = valid | {"start_pos": torch.tensor([10**6])}  # out of range, if it were read
+    out = operator(**on("meta", arguments))
+    assert out.shape == (1, 3, 32)
     assert out.dtype == torch.float32
 
 
-def test_out_variant() -> None:
-    shape = SHAPES[1]
-    inputs = shape.random(5, seed=1)
-    expected = sdpa_with_kv_cache(*inputs, *shape.caches(0), torch.tensor([4]), scale=0.3)
-    out = torch.empty_like(inputs[0])
-    result = torch.ops.mvlm.sdpa_with_kv_cache.out(*inputs, *shape.caches(0), torch.tensor([4]), scale=0.3, out=out)
-    assert result is out
-    assert torch.equal(out, expected)
-    with pytest.raises(ValueError, match=r"out has shape \[1, 4, 4, 80\]"):
-        torch.ops.mvlm.sdpa_with_kv_cache.out(
-            *inputs, *shape.caches(0), torch.tensor([4]), out=torch.empty(1, 4, 4, 80)
-        )
+def overload_and_arguments(shape: Shape, tokens: int) -> tuple:
+    operator = torch.ops.mvlm.sdpa_with_int8_kv_cache if shape.cache is I8 else torch.ops.mvlm.sdpa_with_kv_cache
+    qkv = shape.random(tokens, seed=1)
+    return operator, (qkv, *shape.caches(0), *shape.tables(), torch.tensor([3]), shape.heads)
 
 
-@pytest.mark.parametrize("tokens", [1, 6])
-@pytest.mark.parametrize("scale", [None, 0.5])
-def test_opcheck(tokens: int, scale: float | None) -> None:
-    shape = replace(SHAPES[1], capacity=12)
-    arguments = (*shape.random(tokens, seed=1), *shape.caches(0), torch.tensor([3]))
-    torch.library.opcheck(torch.ops.mvlm.sdpa_with_kv_cache.default, arguments, {"scale": scale})
+@pytest.mark.parametrize("cache", [F32, I8])
+def test_out_variant(cache: torch.dtype) -> None:
+    shape = replace(SHAPES[1], cache=cache, scale=0.3)
+    operator, arguments = overload_and_arguments(shape, 5)
+    out = torch.empty(1, 5, shape.heads * shape.head_dim)
+    assert operator.out(*arguments, scale=0.3, out=out) is out
+    assert torch.equal(out, shape.run(arguments[0], shape.caches(0), torch.tensor([3])))
+    with pytest.raises(ValueError, match=r"out has shape \[1, 4, 320\]"):
+        operator.out(*arguments, out=torch.empty(1, 4, 320))
+
+
+@pytest.mark.parametrize("cache", [F32, F16, I8])
+@pytest.mark.parametrize(("tokens", "scale"), [(1, None), (6, 0.5)])
+def test_opcheck(tokens: int, scale: float | None, cache: torch.dtype) -> None:
+    shape = replace(SHAPES[1], capacity=12, cache=cache)
+    operator, arguments = overload_and_arguments(shape, tokens)
+    torch.library.opcheck(operator.default, arguments, {"scale": scale})
     torch.library.opcheck(
-        torch.ops.mvlm.sdpa_with_kv_cache.out,
+        operator.out,
         arguments,
-        {"scale": scale, "out": torch.empty_like(arguments[0])},
+        {"scale": scale, "out": torch.empty(1, tokens, shape.heads * shape.head_dim)},
         # Out variants are not meant for tracing: torch.compile has no functional form of them.
         test_utils=("test_schema", "test_faketensor"),
     )
 
 
 class TwoLayers(torch.nn.Module):
-    """The operator as a model uses it: on views of other operators' results, with caches per layer."""
+    """The operator as a model uses it: on other operators' results, with caches per layer."""
 
     WIDTH, HEADS, KV_HEADS, CAPACITY = 24, 4, 2, 20
 
     def __init__(self) -> None:
         super().__init__()
-        head_dim = self.WIDTH // self.HEADS
-        self.qkv = torch.nn.ModuleList(
-            torch.nn.Linear(self.WIDTH, (self.HEADS + 2 * self.KV_HEADS) * head_dim) for _ in range(2)
-        )
-        for name in ("k0", "v0", "k1", "v1"):
-            cache = torch.zeros(1, self.KV_HEADS, self.CAPACITY, head_dim)
-            self.register_buffer(name, cache)
+        shape = Shape(self.HEADS, self.KV_HEADS, self.WIDTH // self.HEADS, self.CAPACITY)
+        width = (self.HEADS + 2 * self.KV_HEADS) * shape.head_dim
+        self.qkv = torch.nn.ModuleList(torch.nn.Linear(self.WIDTH, width) for _ in range(2))
+        cos, sin = shape.tables()
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        for layer in range(2):
+            for name, cache in zip("kv", shape.caches(0), strict=True):
+                self.register_buffer(f"{name}{layer}", cache)
 
     def forward(self, x: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        tokens = x.shape[1]
         caches = ((self.k0, self.v0), (self.k1, self.v1))
-        for qkv, (key_cache, value_cache) in zip(self.qkv, caches, strict=True):
-            q, k, v = (
-                part.view(1, tokens, -1, self.WIDTH // self.HEADS) for part in qkv(x).split([24, 12, 12], dim=-1)
-            )
-            attended = torch.ops.mvlm.sdpa_with_kv_cache(q, k, v, key_cache, value_cache, start_pos)
-            x = x + attended.flatten(2)
+        for qkv, layer_caches in zip(self.qkv, caches, strict=True):
+            x = x + torch.ops.mvlm.sdpa_with_kv_cache(qkv(x), *layer_caches, self.cos, self.sin, start_pos, self.HEADS)
         return x
 
 
 def test_exported_model_equals_eager() -> None:
     torch.manual_seed(0)
     model = TwoLayers().eval()
-    example = (torch.randn(1, 3, model.WIDTH), torch.tensor([0]))
-    function = load(export(model, example, model.CAPACITY))
+    function = load(export(model, (torch.randn(1, 3, model.WIDTH), torch.tensor([0])), model.CAPACITY))
     position = 0
     for tokens in [9, 1, 1, 2, 6, 1]:
         inputs = (torch.randn(1, tokens, model.WIDTH), torch.tensor([position]))
         with torch.no_grad():
-            torch.testing.assert_close(function(*inputs), model(*inputs), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(function(*inputs)[0], model(*inputs), atol=1e-5, rtol=1e-5)
         position += tokens
     assert position == model.CAPACITY
 

@@ -24,6 +24,11 @@ TEST(CheckOptions, AcceptsDefaultsAndLimits) {
   EXPECT_EQ(Complaint([](Options& o) { o.top_p = 1e-9; }), "");
   EXPECT_EQ(Complaint([](Options& o) { o.max_new_tokens = 1; }), "");
   EXPECT_EQ(Complaint([](Options& o) { o.cpu_threads = 1; }), "");
+  EXPECT_EQ(Complaint([](Options& o) {
+              o.prepare = true;
+              o.prompt.reset();
+            }),
+            "");
   // Whether it needs a picture, the .pte decides.
   EXPECT_EQ(Complaint([](Options& o) { o.prompt = "<image>"; }), "");
 }
@@ -40,6 +45,15 @@ TEST(CheckOptions, NamesTheFlagAndWhatIsAllowed) {
       {"--max_new_tokens 0", [](Options& o) { o.max_new_tokens = 0; }},
       {"--cpu_threads 0", [](Options& o) { o.cpu_threads = 0; }},
       {"--cpu_threads 1025", [](Options& o) { o.cpu_threads = 1025; }},
+      {"--prompt is required", [](Options& o) { o.prompt.reset(); }},
+      {"--weight_cache is empty", [](Options& o) { o.weight_cache = ""; }},
+      {"leave out --prompt", [](Options& o) { o.prepare = true; }},
+      {"--weight_cache off",
+       [](Options& o) {
+         o.prepare = true;
+         o.prompt.reset();
+         o.weight_cache = kWeightCacheOff;
+       }},
       {"empty", [](Options& o) { o.prompt = ""; }},
       {"not valid UTF-8", [](Options& o) { o.prompt = "\xC3("; }},
   };

@@ -1,5 +1,6 @@
 #include "runner/file.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -58,6 +59,30 @@ TEST_F(FileTest, ReplacesAnOlderFileAndHasUsualPermissions) {
   struct stat info = {};
   ASSERT_EQ(stat(Path("x").c_str(), &info), 0);
   EXPECT_EQ(info.st_mode & 0777, 0666u & ~mask);
+}
+
+TEST_F(FileTest, GrowsPieceByPieceIntoReservedSpace) {
+  Result<PendingFile> file = PendingFile::Create(Path("x"));
+  ASSERT_TRUE(file->Reserve(6).ok());
+  ASSERT_TRUE(file->Append("ab").ok());
+  ASSERT_TRUE(file->Append("cd").ok());
+  EXPECT_FALSE(fs::exists(Path("x")));
+  ASSERT_TRUE(file->Commit("ef", /*durable=*/true).ok());
+  EXPECT_EQ(*ReadFile(Path("x"), 99), "abcdef");
+}
+
+TEST_F(FileTest, AFullDiskIsKnownBeforehand) {
+  Result<PendingFile> file = PendingFile::Create(Path("x"));
+  const uint64_t more_than_there_is = fs::space(folder_).available + (uint64_t{1} << 40);
+  EXPECT_FALSE(file->Reserve(more_than_there_is).ok());
+}
+
+TEST_F(FileTest, ReadsAPartOrFails) {
+  std::ofstream(Path("x")) << "0123456789";
+  const FileDescriptor file(open(Path("x").c_str(), O_RDONLY));
+  EXPECT_EQ(*ReadAt(file.get(), 3, 4), "3456");
+  EXPECT_EQ(*ReadAt(file.get(), 10, 0), "");
+  EXPECT_FALSE(ReadAt(file.get(), 7, 4).ok());
 }
 
 TEST_F(FileTest, WritesToADeviceInPlace) {

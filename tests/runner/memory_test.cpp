@@ -17,6 +17,13 @@ TEST(StatusFieldBytes, ReadsKilobytes) {
   EXPECT_EQ(StatusFieldBytes("", "VmHWM"), 0);
 }
 
+TEST(ReadMemory, ConsistsOfItsParts) {
+  const MemoryNow now = ReadMemory();
+  EXPECT_GT(now.anonymous_bytes, 0);
+  EXPECT_GT(now.file_bytes, 0);
+  EXPECT_GE(now.rss_bytes, now.anonymous_bytes);
+}
+
 TEST(MemoryMeter, SeesMemoryThatIsGoneAgain) {
   constexpr size_t kBytes = size_t{64} << 20;
   MemoryMeter meter;

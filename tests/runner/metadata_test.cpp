@@ -9,7 +9,7 @@ namespace {
 
 Constants Good() {
   return {
-      {contract::kMaxSeqLen, {int64_t{768}}},
+      {contract::kMaxSeqLen, {int64_t{256}}},
       {contract::kMaxContextLen, {int64_t{768}}},
       {contract::kBosId, {int64_t{1}}},
       {contract::kEosIds, {int64_t{2}, int64_t{7}}},
@@ -17,8 +17,9 @@ Constants Good() {
       {contract::kUseKvCache, {true}},
       {contract::kUseSdpaWithKvCache, {true}},
       {contract::kEnableDynamicShape, {true}},
-      {contract::kFormat, {int64_t{1}}},
+      {contract::kFormat, {int64_t{2}}},
       {contract::kVersion, {"0.1.0"}},
+      {contract::kProgramId, {"sha256:01"}},
       {contract::kModelName, {"demo"}},
       {contract::kCheckpointId, {"sha256:00"}},
       {contract::kRecipe, {"{}"}},
@@ -49,7 +50,9 @@ std::string Complaint(const Constants& constants, bool has_vision = true) {
 TEST(ParseMetadata, ReadsAllFields) {
   const Result<Metadata> metadata = ParseMetadata(Good(), true);
   ASSERT_TRUE(metadata.ok()) << metadata.error().message;
+  EXPECT_EQ(metadata->max_seq_len, 256);
   EXPECT_EQ(metadata->max_context_len, 768);
+  EXPECT_EQ(metadata->program_id, "sha256:01");
   EXPECT_EQ(metadata->eos_ids, (std::vector<int64_t>{2, 7}));
   EXPECT_EQ(metadata->prompt.image_prefix, "<image>\n");
   EXPECT_EQ(metadata->vision->format.mean, (std::array<double, 3>{0.5, 0.25, 0.125}));
@@ -115,8 +118,19 @@ TEST(ParseMetadata, AnotherProgramsFileIsCalledThat) {
             std::string::npos);
 }
 
-TEST(ParseMetadata, RefusesANewerFormat) {
-  EXPECT_NE(Complaint(With(contract::kFormat, {int64_t{2}})).find("newer"), std::string::npos);
+TEST(ParseMetadata, RefusesEveryOtherFormatAndSaysWhatToDo) {
+  const std::string older = Complaint(With(contract::kFormat, {int64_t{1}}));
+  EXPECT_NE(older.find("format 1"), std::string::npos) << older;
+  EXPECT_NE(older.find("older mvlm: export it again"), std::string::npos) << older;
+  const std::string newer = Complaint(With(contract::kFormat, {int64_t{3}}));
+  EXPECT_NE(newer.find("format 3"), std::string::npos) << newer;
+  EXPECT_NE(newer.find("newer mvlm: install"), std::string::npos) << newer;
+}
+
+TEST(ParseMetadata, AnOlderFormatIsCalledThatWhateverElseItLacks) {
+  Constants constants = With(contract::kFormat, {int64_t{1}});
+  constants.erase(contract::kProgramId);
+  EXPECT_NE(Complaint(constants).find("older mvlm"), std::string::npos) << Complaint(constants);
 }
 
 TEST(ParseMetadata, RefusesValuesThatCannotBe) {
@@ -125,6 +139,8 @@ TEST(ParseMetadata, RefusesValuesThatCannotBe) {
       {contract::kMaxContextLen, {INT64_MAX}},
       {contract::kMaxContextLen, {"768"}},
       {contract::kMaxContextLen, {}},
+      {contract::kMaxSeqLen, {int64_t{769}}},
+      {contract::kProgramId, {""}},
       {contract::kBosId, {int64_t{32000}}},
       {contract::kEosIds, {}},
       {contract::kEosIds, {int64_t{-1}}},

@@ -72,32 +72,35 @@ TEST(ResolveSeqLen, DefaultsToAllAndStaysWithin) {
 }
 
 TEST(ResolveMaxNewTokens, DefaultsToTheReferencesOrWhatFits) {
-  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 100, 768, 768), kDefaultMaxNewTokens);
-  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 194, 600, 768), 406);
+  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 100, 768), kDefaultMaxNewTokens);
+  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 194, 600), 406);
 }
 
 TEST(ResolveMaxNewTokens, APictureMayTakeMostOfTheCache) {
   const TokenizedPrompt llava = {{{1, 5, 6}, {7}},
                                  576};  // 24 x 24 patches, as LLaVA-1.5 takes them
-  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, llava.positions(), 768, 768), 188);
+  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, llava.positions(), 768), 188);
 }
 
 TEST(ResolveMaxNewTokens, ARequestIsCutToWhatFits) {
-  EXPECT_EQ(*ResolveMaxNewTokens(7, 194, 768, 768), 7);
-  EXPECT_EQ(*ResolveMaxNewTokens(INT64_MAX, 194, 768, 768), 574);
+  EXPECT_EQ(*ResolveMaxNewTokens(7, 194, 768), 7);
+  EXPECT_EQ(*ResolveMaxNewTokens(INT64_MAX, 194, 768), 574);
 }
 
 TEST(ResolveMaxNewTokens, APromptMustLeaveRoomForOneToken) {
-  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 767, 768, 768), 1);
-  const auto full = ResolveMaxNewTokens(std::nullopt, 768, 768, 768);
+  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 767, 768), 1);
+  const auto full = ResolveMaxNewTokens(std::nullopt, 768, 768);
   ASSERT_FALSE(full.ok());
   EXPECT_NE(full.error().message.find("takes 768 tokens"), std::string::npos);
   EXPECT_NE(full.error().message.find("at most 767 fit"), std::string::npos);
 }
 
-TEST(ResolveMaxNewTokens, APromptMustFitIntoOneCall) {
-  EXPECT_TRUE(ResolveMaxNewTokens(std::nullopt, 128, 768, 128).ok());
-  EXPECT_FALSE(ResolveMaxNewTokens(std::nullopt, 129, 768, 128).ok());
+TEST(PrefillSteps, AreAsFewAsCanBe) {
+  EXPECT_EQ(PrefillSteps(600, 256), (std::vector<int64_t>{256, 256, 88}));
+  EXPECT_EQ(PrefillSteps(512, 256), (std::vector<int64_t>{256, 256}));
+  EXPECT_EQ(PrefillSteps(1, 256), (std::vector<int64_t>{1}));
+  EXPECT_EQ(PrefillSteps(3, 1), (std::vector<int64_t>{1, 1, 1}));
+  EXPECT_TRUE(PrefillSteps(0, 256).empty());
 }
 
 }  // namespace

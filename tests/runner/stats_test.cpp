@@ -18,8 +18,24 @@ TEST(Stats, JsonHasWhatWasMeasured) {
   stats.seed = UINT64_MAX;
   stats.memory = {300, 200};
   stats.threads = 2;
+  stats.load_parts = {{"open", 0.5}, {"text", 1.0}};
+  stats.weight_cache = {"auto",
+                        "/c",
+                        "built",
+                        {{"text_decoder", "built", "/c/x", 5, 7.0}, {"other", "none", "", 0, 0}}};
+  stats.prefill_steps = {128, 66};
+  stats.memory_stages = {{"loaded", {30, 10, 20}}};
   const auto json = nlohmann::json::parse(ToJson(stats));
   EXPECT_EQ(json["load_ms"], 1.5);
+  EXPECT_EQ(json["load"]["text"], 1.0);
+  EXPECT_EQ(json["weight_cache"]["mode"], "auto");
+  EXPECT_EQ(json["weight_cache"]["path"], "/c");
+  EXPECT_EQ(json["weight_cache"]["state"], "built");
+  EXPECT_EQ(json["weight_cache"]["methods"][0]["bytes"], 5);
+  EXPECT_TRUE(json["weight_cache"]["methods"][1]["path"].is_null());
+  EXPECT_EQ(json["low_memory"], false);
+  EXPECT_EQ(json["prefill_steps"], (std::vector<int>{128, 66}));
+  EXPECT_EQ(json["memory"][0]["anonymous_bytes"], 10);
   EXPECT_EQ(json["prefill_tokens_per_second"], 2000.0);
   EXPECT_EQ(json["decode_tokens_per_second"], 50.0);
   EXPECT_EQ(json["tokens"], (std::vector<int>{5, 2}));
@@ -27,7 +43,7 @@ TEST(Stats, JsonHasWhatWasMeasured) {
   EXPECT_EQ(json["peak_rss_bytes"], 300);
   EXPECT_EQ(json["peak_anonymous_bytes"], 200);
   EXPECT_EQ(json["threads"], 2);
-  EXPECT_EQ(json["versions"]["contract"], 1);
+  EXPECT_EQ(json["versions"]["contract"], 2);
   EXPECT_EQ(json["versions"]["mvlm"], MvlmVersion());
   EXPECT_FALSE(MvlmVersion().empty());
   EXPECT_FALSE(ExecuTorchVersion().empty());
