@@ -50,7 +50,8 @@ pip() { .venv/bin/python -m pip "$@"; }
 # files there are, for an editable install has a list of them.
 extras=${1:+[$1]}
 stamp=.venv/mvlm-setup${1:+-$1}
-state=$( (find pyproject.toml CMakeLists.txt ops runner -name __pycache__ -prune -o -type f -print0 | sort -z |
+state=$( (find pyproject.toml CMakeLists.txt ops runner runtime -name __pycache__ -prune -o -type f \
+            ! -path 'runtime/*.py' -print0 | sort -z |
           xargs -0 sha256sum; find export runtime -name '*.py' | sort) | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
   # torch first and alone: no other requirement may choose its version.

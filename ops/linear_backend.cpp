@@ -170,10 +170,13 @@ class LinearBackend final : public BackendInterface {
     return xnnpack;
   }
 
+  // What QuantizedLinear allows.
   static bool IsSupported(const Spec& spec) {
-    return spec.group == 0 ||
-           (spec.in % spec.group == 0 && (spec.group == 32 || spec.group == 64 ||
-                                          spec.group == 128 || spec.group == 256));
+    if (spec.group == 0) {
+      return spec.in <= 65536;
+    }
+    return spec.in % spec.group == 0 &&
+           (spec.group == 32 || spec.group == 64 || spec.group == 128 || spec.group == 256);
   }
 
   static Error Run(BackendExecutionContext& context, const QuantizedLinear& linear,

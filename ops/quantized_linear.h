@@ -45,8 +45,9 @@ const char* LinearTarget();
 // Scratch memory must be aligned to this many bytes.
 constexpr size_t kLinearScratchAlignment = 64;
 
-// Bytes of scratch memory for a call with up to `threads` threads. It holds the quantized input and
-// up to 300 KiB per thread (a few hundred bytes if there are few rows).
+// Bytes of scratch memory for a call with up to `threads` threads, a multiple of
+// kLinearScratchAlignment. It holds the quantized input (one or two bytes per number) and per
+// thread up to 100 KiB, or 150 KiB with AVX-512; much less if there are few rows.
 size_t LinearScratchBytes(const QuantizedLinear& linear, int64_t rows, int64_t threads);
 
 // The parts of a call; see RunQuantizedLinear().
@@ -81,7 +82,8 @@ void RunQuantizedLinear(const QuantizedLinear& linear, const float* input, int64
                         const ParallelFor& parallel_for) {
   if (rows < 1) return;
   const LinearCall call = {&linear, input, rows, output, scratch};
-  // Items are handed out one at a time, because a phone's or a laptop's cores differ in speed.
+  // Items are handed out one at a time, because a laptop's cores differ in speed and
+  // other programs use them, too.
   const auto for_each = [&](int64_t items, int64_t workers, const auto& item) {
     std::atomic<int64_t> next{0};
     const auto work = [&](int64_t begin, int64_t end) {

@@ -20,6 +20,7 @@ from mvlm.export.capture import capture, capture_text_decoder, capture_token_emb
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from mvlm.export.errors import ExportError
 from mvlm.export.lower import Lowered, lower, lower_program
+from mvlm.export.models import TextDecoder
 from mvlm.export.package import write_pte
 from mvlm.export.progress import Progress
 from mvlm.export.quantize import quantize, quantize_checkpoint
@@ -46,13 +47,13 @@ def assembled_pte(lowered: Lowered, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-def lowered_at_once(model, max_context_len: int) -> Lowered:
+def lowered_at_once(model, recipe: Recipe) -> Lowered:
     """The untuned way: every method captured and lowered as a whole."""
     programs, delegation = {}, []
     for name, program in (
         (VISION_ENCODER, capture_vision_encoder(model)),
-        (TOKEN_EMBEDDING, capture_token_embedding(model, max_context_len)),
-        (TEXT_DECODER, capture_text_decoder(model, max_context_len)),
+        (TOKEN_EMBEDDING, capture_token_embedding(model, recipe)),
+        (TEXT_DECODER, capture_text_decoder(model, recipe)),
     ):
         programs[name], counts = lower_program(name, program)
         delegation.append(counts)
@@ -81,7 +82,7 @@ def run(path: Path, image_size: int, hidden_size: int) -> list[Tensor]:
 
 def test_same_results_as_lowered_at_once(assembled_pte, lowered, small_quantized_model, small_recipe, tmp_path):
     """Bit for bit, cache and all; and the same operators are delegated."""
-    whole = lowered_at_once(small_quantized_model, small_recipe.max_context_len)
+    whole = lowered_at_once(small_quantized_model, small_recipe)
     for ours, theirs in zip(lowered.delegation, whole.delegation, strict=True):
         assert (ours.quantized, ours.quantized_linears) == (theirs.quantized, theirs.quantized_linears)
         assert ours.float32_operators == theirs.float32_operators
@@ -103,8 +104,15 @@ def test_same_results_as_lowered_at_once(assembled_pte, lowered, small_quantized
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(max_context_len=32, group_size=32, scales="affine", lm_head_bits=8, embedding_bits=4, vision="int4"),
-        Recipe(max_context_len=32, group_size=64, embedding_bits=32, vision="fp32"),
+        Recipe(
+            max_context_len=32,
+            group_size=32,
+            scales="affine",
+            lm_head_bits=8,
+            embedding_bits=4,
+            vision="int4",
+        ),
+        Recipe(max_context_len=32, group_size=64, embedding_bits=32, vision="fp32", kv_cache="fp16"),
     ],
     ids=["4 bits", "float32 vision"],
 )
@@ -120,7 +128,8 @@ def test_other_recipes_compute_what_eager_computes(recipe, small_checkpoint, tmp
     pixels = torch.randn(1, 3, 28, 28, generator=generator)
     prompt = torch.randn(1, 7, 64, generator=generator)
     assert torch.equal(model.embed_tokens(torch.arange(20)[None]), embeddings)
-    for ours, theirs in ((vision, model.encode_image(pixels)), (prefill, model(prompt)[:, -1:])):
+    decoder = TextDecoder(model.language_model, recipe.max_context_len, recipe.kv_cache)
+    for ours, theirs in ((vision, model.encode_image(pixels)), (prefill, decoder(prompt, torch.tensor([0])))):
         error = (ours - theirs).norm() / theirs.norm()
         assert error < 0.01, f"{error:.4f}"  # 40 dB
 
@@ -186,8 +195,8 @@ def test_weight_that_was_lost_is_noticed(layer_piece):
 
 def test_template_with_equal_weights_is_refused(layer_piece):
     twice = dict(layer_piece.parameter_bytes)
-    twice["self_attn.k_proj.weight"] = twice["self_attn.q_proj.weight"]
-    with pytest.raises(ExportError, match=r"self_attn\.\w_proj\.weight and self_attn\.\w_proj\.weight .* are equal"):
+    twice["self_attn.o_proj.weight"] = twice["self_attn.qkv_proj.weight"]
+    with pytest.raises(ExportError, match=r"self_attn\.\w+_proj\.weight and self_attn\.\w+_proj\.weight .* are equal"):
         template_keys(replace(layer_piece, parameter_bytes=twice))
 
 

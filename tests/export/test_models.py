@@ -18,6 +18,8 @@ from random_checkpoint import (
 )
 from torch import Tensor, nn
 
+from mvlm.export import demo
+from mvlm.export.checkpoint import open_checkpoint
 from mvlm.export.models import (
     PROJECTOR_TYPES,
     CLIPVisionConfig,
@@ -29,6 +31,7 @@ from mvlm.export.models import (
     build_projector,
     image_token_count,
 )
+from mvlm.runtime.fidelity import snr_db
 
 #: Largest difference from the oracle, in float32, on outputs of the order of 1.
 TOLERANCE = 1e-4
@@ -317,6 +320,23 @@ def test_text_decoder_in_chunks_and_from_the_start_again(llama):
             logits = decoder(embeddings, torch.tensor([position]))
             position += count
             assert_same(logits, expected[:, position - 1 : position])
+
+
+@pytest.mark.parametrize(("kv_type", "least_db"), [("fp16", 60), ("int8", 35)])
+def test_what_a_smaller_cache_costs(kv_type, least_db):
+    """Of the demo model, whose keys and values are a trained model's: logits of a prompt and of steps after it."""
+    checkpoint = open_checkpoint(str(demo.CHECKPOINT))
+    model = checkpoint.load_model().language_model
+    ids = torch.randint(3, checkpoint.config.text.vocab_size, (1, 200), generator=torch.Generator().manual_seed(0))
+    embeddings = model.embed_tokens(ids)
+
+    def logits(kv_type: str) -> Tensor:
+        decoder = TextDecoder(model, 200, kv_type)
+        first = decoder(embeddings[:, :180], torch.tensor([0]))
+        return torch.cat([first] + [decoder(embeddings[:, i : i + 1], torch.tensor([i])) for i in range(180, 200)])
+
+    expected = logits("fp32")
+    assert least_db <= snr_db(expected, logits(kv_type)) < 120
 
 
 def test_text_decoder_refuses_what_does_not_fit(llama):

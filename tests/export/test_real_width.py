@@ -258,14 +258,20 @@ class AtWidth:
 
         return run
 
+    def layer(self, name: str) -> Callable[..., Tensor]:
+        """Of a layer, the token stream with all that the layer adds to it."""
+        hidden, branch = self.method(f"{name}.hidden"), self.method(f"{name}.branch")
+        return lambda *inputs: hidden(*inputs) + branch(*inputs)
+
 
 def slices(method: CapturedMethod) -> Iterator[CapturedMethod]:
     """Each piece of a method as a method of its own, of a stack each layer."""
     for piece in method.pieces:
         for index, layer in enumerate(piece.layers):
             part = replace(piece, layers=(layer,))
-            yield CapturedMethod(f"{piece.name}.{index}", (part,), piece.inputs, piece.outputs[0])
-        if not piece.layers and piece.name != "text_head":  # which looks rotary tables up
+            for output in piece.outputs:
+                yield CapturedMethod(f"{piece.name}.{index}.{output}", (part,), piece.inputs, output)
+        if not piece.layers and piece.name != "text_head":  # which only makes zeros
             yield CapturedMethod(piece.name, (piece,), piece.inputs, piece.outputs[0])
 
 
@@ -341,7 +347,7 @@ def recorded(watched: dict[str, nn.Module], run: Callable[[], object]) -> dict[s
     """Arguments and result of each call of the watched modules while ``run`` runs."""
     calls: dict[str, list] = {name: [] for name in watched}
     hooks = [
-        child.register_forward_hook(lambda _, inputs, output, name=name: calls[name].append((inputs, output.clone())))
+        child.register_forward_hook(lambda _, inputs, output, name=name: calls[name].append((inputs, output)))
         for name, child in watched.items()
     ]
     try:
@@ -365,12 +371,12 @@ def test_pieces_of_the_vision_encoder(which, request):
     calls = recorded(watched, lambda: at.model.encode_image(pixels))
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     snrs = {"vision_head": snr_db(hidden, at.method("vision_head")(pixels))}
-    # The tail takes the class token away.
-    [((_,), hidden)] = calls["vision_tower.encoder.layers.1"]
-    for name in watched:
-        [((x, *_), expected)] = calls[name]
-        x = hidden if name == "vision_tail" else x
-        snrs[name] = snr_db(expected, at.method(name)(x))
+    for name in ("vision_tower.encoder.layers.0", "vision_tower.encoder.layers.1"):
+        [(stream, after)] = calls[name]
+        snrs[name] = snr_db(sum(after), at.layer(name)(*stream))
+    # The tail adds up what the last layer leaves, and takes the class token away.
+    [(_, expected)] = calls["vision_tail"]
+    snrs["vision_tail"] = snr_db(expected, at.method("vision_tail")(*after))
     print(which, {name: round(snr, 1) for name, snr in snrs.items()})
     assert min(snrs.values()) >= MIN_PIECE_SNR, snrs
     # The first projector rounds the mean over all tokens, on which all tokens of its result depend.
@@ -381,7 +387,7 @@ def test_pieces_of_the_vision_encoder(which, request):
 
 def test_pieces_of_the_text_decoder(v1):
     """Prefill of 194 positions with a picture among them, then steps; each layer fills a cache of its own."""
-    decoder = TextDecoder(v1.model.language_model, MAX_CONTEXT_LEN)
+    decoder = TextDecoder(v1.model.language_model, MAX_CONTEXT_LEN, Recipe().kv_cache)
     watched = {
         "language_model.layers.0": decoder.layers[0],
         "language_model.layers.1": decoder.layers[1],
@@ -389,14 +395,17 @@ def test_pieces_of_the_text_decoder(v1):
     }
     inputs = prompt_and_steps(v1)
     calls = recorded(watched, lambda: [decoder(*call) for call in inputs])
-    calls["text_tail"] = [
-        ((x,), logits) for (_, x), (_, logits) in zip(calls["language_model.layers.1"], calls["text_tail"], strict=True)
-    ]
     snrs, of_steps = {}, {}
     for name in watched:
-        method = v1.method(name)
-        expected = [output for _, output in calls[name]]
-        actual = [method(*(x for x in inputs if isinstance(x, Tensor))) for inputs, _ in calls[name]]
+        if name == "text_tail":
+            method = v1.method(name)
+            expected = [logits for _, logits in calls[name]]
+            actual = [method(*after) for _, after in calls["language_model.layers.1"]]
+        else:
+            method = v1.layer(name)
+            expected = [sum(after) for _, after in calls[name]]
+            # Token stream, what is to be added, and where it starts; the rotary tables are in the file.
+            actual = [method(x, branch, start) for (x, branch, *_, start), _ in calls[name]]
         assert len(expected) == 1 + TEXT_STEPS
         snrs[name] = snr_db(torch.cat(expected, dim=1), torch.cat(actual, dim=1))
         of_steps[name] = [round(snr_db(x, y), 1) for x, y in zip(expected, actual, strict=True)]
@@ -444,7 +453,7 @@ def test_text_decoder_as_a_whole(v1):
         return torch.cat([decoder(change(x), start) for x, start in calls])
 
     def eager(model: MobileVLM) -> TextDecoder:
-        return TextDecoder(model.language_model, MAX_CONTEXT_LEN)
+        return TextDecoder(model.language_model, MAX_CONTEXT_LEN, Recipe().kv_cache)
 
     expected, again, smooth = run(eager(v1.model)), run(eager(v1.model), nudged), run(eager(v1.smooth))
     assert_as_repeatable(expected, again, smooth, run(v1.method(TEXT_DECODER)))

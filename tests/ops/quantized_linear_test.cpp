@@ -175,24 +175,12 @@ class Problem {
     const std::vector<float> actual = Run(1);
     std::vector<double> expected, magnitudes;
     Reference(&expected, &magnitudes);
-    double worst = 0;
     for (size_t i = 0; i < actual.size(); ++i) {
       const double error = std::abs(actual[i] - expected[i]);
-      // Few rows add up a group's lanes one by one, in float: they round the parts of a sum, which
-      // may be larger than the sum.
+      // Few rows add up a group's lanes in float: they round parts that may be larger than the sum.
       const double slack = sizes_.group != 0 && sizes_.rows <= 3 ? 3e-6 : 1e-6;
       ASSERT_LE(error, slack * magnitudes[i] + 1e-30)
           << sizes_ << ": output " << i << " is " << actual[i] << ", not " << expected[i];
-      worst = std::max(worst, error / (magnitudes[i] + 1e-30));
-    }
-    RecordWorst(worst);
-  }
-
-  static void RecordWorst(double error) {
-    static double worst = 0;
-    if (error > worst) {
-      worst = error;
-      ::testing::Test::RecordProperty("worst_relative_error", std::to_string(worst * 1e6) + "e-6");
     }
   }
 
