@@ -8,25 +8,27 @@ from collections.abc import Sequence
 from mvlm.runtime.bench_output import FIGURES
 from mvlm.runtime.bench_report import OURS, FigureResult, Report, Summary, number, short_ratio
 
-_WIDTH = 820
-_LEFT, _RIGHT = 236, 208
+_WIDTH = 920
+_LEFT, _RIGHT = 324, 220
 _TOP, _BOTTOM = 74, 40
 _BAR, _GAP, _BLOCK = 17, 5, 40
 
-# Colours in light and in dark mode, as in the report of an export.
+# Colours in light and in dark mode, as in the report of an export; plain ones first, for programs without variables.
 _STYLE = """
 svg { --text: #1d1f23; --muted: #5b6068; --line: #d9dce1; --back: #ffffff; --ours: #2a6fc9; --theirs: #b9a08e; }
 @media (prefers-color-scheme: dark) {
   svg { --text: #e8eaed; --muted: #a3a9b3; --line: #3a3f47; --back: #15171a; --ours: #6fa8f5; --theirs: #7d6a5c; }
 }
-text { font: 12px system-ui, sans-serif; fill: var(--text); }
+.back { fill: #ffffff; fill: var(--back); }
+text { font: 12px system-ui, sans-serif; fill: #1d1f23; fill: var(--text); }
 .title { font-size: 16px; font-weight: 600; }
 .figure { font-weight: 600; }
-.muted { fill: var(--muted); }
-.ours { fill: var(--ours); }
-.theirs { fill: var(--theirs); }
-.axis { stroke: var(--line); }
-.whisker { stroke: var(--text); stroke-width: 1.2; fill: none; }
+.muted { fill: #5b6068; fill: var(--muted); }
+.ours { fill: #2a6fc9; fill: var(--ours); }
+.theirs { fill: #b9a08e; fill: var(--theirs); }
+.slower { opacity: .45; }
+.axis { stroke: #d9dce1; stroke: var(--line); }
+.whisker { stroke: #1d1f23; stroke: var(--text); stroke-width: 1.2; fill: none; }
 """
 
 
@@ -50,7 +52,7 @@ height="{height:.0f}" role="img" aria-labelledby="title desc">
 <title id="title">{_escaped(f"Benchmark of {report.model['name']}")}</title>
 <desc id="desc">{_escaped(_description(report.results))}</desc>
 <style>{_STYLE}</style>
-<rect width="100%" height="100%" fill="var(--back)"/>
+<rect class="back" width="100%" height="100%"/>
 <text class="title" x="20" y="30">{_escaped(report.model["name"])}</text>
 <text class="muted" x="20" y="50">{_escaped(subtitle)}</text>
 {content}
@@ -76,9 +78,11 @@ def _block(name: str, results: Sequence[FigureResult], y: float) -> tuple[list[s
         y += _BAR + _GAP
         for other in result.against:
             more = f", ours {short_ratio(name, other.ratio)}"
-            lines += _bar(other.label, "theirs", other.theirs, scale, y, more)
+            kind = "theirs" if other.fastest else "theirs slower"
+            lines += _bar(other.label, kind, other.theirs, scale, y, more)
             y += _BAR + _GAP
-    y = max(y, start + 34)
+        y += _GAP
+    y = max(y - _GAP, start + 34)
     lines.append(f'<path class="axis" d="M{_LEFT} {start - 4:.1f}V{y:.1f}"/>')
     return lines, y + _BLOCK - 24
 

@@ -83,7 +83,7 @@ class Comparison:
         label: of the opponent.
         theirs: what it reached.
         ratio: how many times as fast ours is, or how many times less memory it takes, run by run.
-        fastest: whether it is the best of the opponents in this.
+        fastest: whether it is the best of the opponents in this, by the ratio.
     """
 
     label: str

@@ -209,7 +209,7 @@ def _calls(path: Path, program: Program, block: EventBlock, totals: list[float])
             phase,
             starts[run],
             total,
-            {number: event.perf_data.raw[0] for number, event in instructions.items()},
+            {number: event.perf_data.raw[run] for number, event in instructions.items()},
             {(number, name): event.perf_data.raw[run] for number, name, event in inside},
         )
         for run, total in enumerate(totals)

@@ -73,8 +73,14 @@ class Checkpoint:
         parts = _parts(self.config).get(name, (name,))
         if parts[0] not in shapes:
             raise KeyError(f"{self.name}: the model has no parameter {name!r}")
-        tensors = [self.weights.read(part, shapes[part]) for part in parts]
-        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        if len(parts) == 1:
+            return self.weights.read(parts[0], shapes[parts[0]])
+        # Part by part into its place: torch.cat would hold everything twice.
+        rows = [shapes[part][0] for part in parts]
+        whole = torch.empty(sum(rows), *shapes[parts[0]][1:])
+        for part, place in zip(parts, whole.split(rows), strict=True):
+            place.copy_(self.weights.read(part, shapes[part]))
+        return whole
 
     def load_model(self) -> MobileVLM:
         """The whole model in float32, in eval mode, without gradients: four bytes of memory for each parameter."""
