@@ -654,7 +654,7 @@ def _at_least(least: int, kind: type = int):
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m mvlm.runtime.bench",
-        description="Measure load, image encode, prefill, decode, time to first token and memory of a .pte with "
+        description="Measure load, image encode, prefill, decode, time to first token and memory of a .pte with\n"
         "llava_main, beside the machine's own limits, and beside other programs if you like.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
