@@ -11,7 +11,7 @@ prefix included: nothing in its prompt stands for a picture, and ``<image>`` in 
 All other models have all of them; a file with only some is broken.
 
 Format 2: the language model reads a long prompt in steps of ``get_max_seq_len`` tokens, the operators are others, and
-:data:`PROGRAM_ID` is new.
+:data:`PROGRAM_ID` is new. Format 3: ``mvlm_next_turn_template`` is new.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 #: Version of this contract; a reader refuses a file with another one.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 VISION_ENCODER = "vision_encoder"
 TOKEN_EMBEDDING = "token_embedding"
@@ -33,7 +33,7 @@ TOKENIZER = "mvlm_tokenizer"
 #: weights (hashes themselves) and its metadata. What a runner derives from a program, it files under this.
 PROGRAM_ID = "mvlm_program_id"
 
-#: Where the question goes in :attr:`Metadata.prompt_template`.
+#: Where the question goes in :attr:`Metadata.prompt_template` and :attr:`Metadata.next_turn_template`.
 PROMPT_PLACEHOLDER = "{prompt}"
 
 
@@ -71,6 +71,8 @@ class Metadata:
         bos_id: token id that opens every prompt.
         eos_ids: token ids that end an answer.
         prompt_template: text around the question, with :data:`PROMPT_PLACEHOLDER` in it once.
+        next_turn_template: the same for a question after the first of a conversation. What the model has read before
+            it, is the conversation so far and the first of ``eos_ids``, which closes an answer.
         image_marker: stands in a prompt where the picture's embeddings go; "" for a language model alone.
         image_prefix: put before a question that comes with a picture and has no marker of its own; it contains the
             marker once. "" for a language model alone.
@@ -88,14 +90,16 @@ class Metadata:
     bos_id: int
     eos_ids: tuple[int, ...]
     prompt_template: str
+    next_turn_template: str
     image_marker: str
     image_prefix: str
     stop_strings: tuple[str, ...]
     image: ImageProcessing | None
 
     def __post_init__(self) -> None:
-        if self.prompt_template.count(PROMPT_PLACEHOLDER) != 1:
-            raise ValueError(f"the prompt template must contain {PROMPT_PLACEHOLDER} once: {self.prompt_template!r}")
+        for what, template in (("prompt", self.prompt_template), ("next turn's", self.next_turn_template)):
+            if template.count(PROMPT_PLACEHOLDER) != 1:
+                raise ValueError(f"the {what} template must contain {PROMPT_PLACEHOLDER} once: {template!r}")
         if self.image is None and (self.image_marker or self.image_prefix):
             raise ValueError(
                 "a language model alone takes no picture, so its image marker and prefix must be empty, not "
@@ -123,6 +127,7 @@ class Metadata:
             "mvlm_checkpoint_id": self.checkpoint_id,
             "mvlm_recipe": self.recipe,
             "mvlm_prompt_template": self.prompt_template,
+            "mvlm_next_turn_template": self.next_turn_template,
             "mvlm_stop_strings": list(self.stop_strings),
         }
         if self.image is not None:
@@ -175,6 +180,7 @@ class Metadata:
             bos_id=values["get_bos_id"],
             eos_ids=tuple(values["get_eos_ids"]),
             prompt_template=values["mvlm_prompt_template"],
+            next_turn_template=values["mvlm_next_turn_template"],
             image_marker=values.get("mvlm_image_marker", ""),
             image_prefix=values.get("mvlm_image_prefix", ""),
             stop_strings=tuple(values["mvlm_stop_strings"]),
@@ -185,7 +191,8 @@ class Metadata:
 def _constant_method_names(image: ImageProcessing | None) -> tuple[str, ...]:
     example = Metadata(
         **{f.name: 0 for f in fields(Metadata)}
-        | {"prompt_template": PROMPT_PLACEHOLDER, "eos_ids": (), "stop_strings": ()}
+        | {"prompt_template": PROMPT_PLACEHOLDER, "next_turn_template": PROMPT_PLACEHOLDER}
+        | {"eos_ids": (), "stop_strings": ()}
         | {"image": image, "image_marker": "i" if image else "", "image_prefix": "i" if image else ""}
     )
     return tuple(example.to_constant_methods())

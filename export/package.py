@@ -16,7 +16,7 @@ from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir.delegate import executorch_call_delegate
 
 from mvlm.export.checkpoint import Checkpoint
-from mvlm.export.contract import PROGRAM_ID, TOKENIZER, ImageProcessing, Metadata
+from mvlm.export.contract import PROGRAM_ID, PROMPT_PLACEHOLDER, TOKENIZER, ImageProcessing, Metadata
 from mvlm.export.files import atomic_write
 from mvlm.export.lower import EDGE_COMPILE_CONFIG, Lowered
 from mvlm.export.recipe import Recipe
@@ -24,6 +24,9 @@ from mvlm.export.recipe import Recipe
 IMAGE_MARKER = "<image>"
 IMAGE_PREFIX = IMAGE_MARKER + "\n"
 STOP_STRINGS = ("</s>",)
+#: All checkpoints that are read here converse like Vicuna v1: what a person says first stands behind a preamble, what
+#: follows behind the "</s>" of the answer before.
+NEXT_TURN_TEMPLATE = f"USER: {PROMPT_PLACEHOLDER} ASSISTANT:"
 
 
 def describe(checkpoint: Checkpoint, recipe: Recipe) -> Metadata:
@@ -49,6 +52,7 @@ def describe(checkpoint: Checkpoint, recipe: Recipe) -> Metadata:
         bos_id=checkpoint.bos_id,
         eos_ids=checkpoint.eos_ids,
         prompt_template=checkpoint.prompt_template,
+        next_turn_template=NEXT_TURN_TEMPLATE,
         image_marker=IMAGE_MARKER if image else "",
         image_prefix=IMAGE_PREFIX if image else "",
         stop_strings=STOP_STRINGS,

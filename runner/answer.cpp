@@ -549,7 +549,7 @@ Status CheckOptions(const Options& options) {
   // The rest of what can be wrong with a prompt depends on the .pte; this much does not, and
   // is worth finding before anything is read.
   const Result<std::vector<std::string>> pieces =
-      PromptPieces({"{prompt}", "", ""}, {*options.prompt, false, true});
+      PromptPieces({"{prompt}", "{prompt}", "", ""}, {*options.prompt, false, true});
   return pieces.ok() ? Status() : Status(pieces.error());
 }
 

@@ -13,8 +13,9 @@
 namespace mvlm::contract {
 
 // The layout of names and values that this runner understands, and no other. A .pte says its own
-// in `mvlm_format_version`. (1 had other operators, and took a prompt of any length in one call.)
-inline constexpr int64_t kFormatVersion = 2;
+// in `mvlm_format_version`. (1 had other operators, and took a prompt of any length in one call;
+// 2 had no template for the second turn of a conversation.)
+inline constexpr int64_t kFormatVersion = 3;
 
 // Methods. kVisionEncoder only of a model that takes pictures.
 inline constexpr char kVisionEncoder[] = "vision_encoder";
@@ -39,6 +40,7 @@ inline constexpr char kModelName[] = "mvlm_model_name";
 inline constexpr char kCheckpointId[] = "mvlm_checkpoint_id";
 inline constexpr char kRecipe[] = "mvlm_recipe";
 inline constexpr char kPromptTemplate[] = "mvlm_prompt_template";
+inline constexpr char kNextTurnTemplate[] = "mvlm_next_turn_template";
 inline constexpr char kStopStrings[] = "mvlm_stop_strings";
 inline constexpr char kImageMarker[] = "mvlm_image_marker";
 inline constexpr char kImagePrefix[] = "mvlm_image_prefix";
@@ -49,7 +51,7 @@ inline constexpr char kImagePadColor[] = "mvlm_image_pad_color";
 inline constexpr char kImageTokens[] = "mvlm_image_tokens";
 inline constexpr char kTokenizer[] = "mvlm_tokenizer";
 
-// Where the user's question goes in the prompt template.
+// Where the user's question goes in the templates.
 inline constexpr char kPromptPlaceholder[] = "{prompt}";
 
 }  // namespace mvlm::contract

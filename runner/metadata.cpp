@@ -197,13 +197,16 @@ Metadata ReadAll(Reader& reader, bool has_vision) {
   metadata.bos_id = reader.Int(contract::kBosId, 0, metadata.vocab_size - 1);
   metadata.eos_ids = reader.Ints(contract::kEosIds, 0, metadata.vocab_size - 1, 1, SIZE_MAX);
   metadata.prompt.prompt_template = reader.String(contract::kPromptTemplate);
+  metadata.prompt.next_turn_template = reader.String(contract::kNextTurnTemplate);
   metadata.stop_strings = reader.Strings(contract::kStopStrings);
   metadata.tokenizer = reader.String(contract::kTokenizer);
-  if (CountOccurrences(metadata.prompt.prompt_template, contract::kPromptPlaceholder) != 1) {
-    reader.Complain(StrCat("constant method ", contract::kPromptTemplate,
-                           " gives a template that "
-                           "does not contain ",
-                           contract::kPromptPlaceholder, " exactly once"));
+  for (const auto& [name, value] :
+       {std::pair(contract::kPromptTemplate, &metadata.prompt.prompt_template),
+        std::pair(contract::kNextTurnTemplate, &metadata.prompt.next_turn_template)}) {
+    if (CountOccurrences(*value, contract::kPromptPlaceholder) != 1) {
+      reader.Complain(StrCat("constant method ", name, " gives a template that does not contain ",
+                             contract::kPromptPlaceholder, " exactly once"));
+    }
   }
   if (has_vision) {
     metadata.prompt.image_marker = reader.String(contract::kImageMarker);
@@ -243,6 +246,7 @@ const std::vector<std::string>& ContractConstants() {
       contract::kCheckpointId,
       contract::kRecipe,
       contract::kPromptTemplate,
+      contract::kNextTurnTemplate,
       contract::kStopStrings,
       contract::kImageMarker,
       contract::kImagePrefix,

@@ -16,6 +16,8 @@ namespace mvlm {
 // How a model wants to be asked; read from the .pte.
 struct PromptFormat {
   std::string prompt_template;  // contains "{prompt}" exactly once
+  // The same for the second and further questions of a conversation. Before it comes an end token.
+  std::string next_turn_template;
   // E.g. "<image>": stands where the picture's embeddings go. Empty for a language model alone,
   // which takes no picture and to which "<image>" is text like any other.
   std::string image_marker;

@@ -74,6 +74,7 @@ def tiny_metadata(config: MobileVLMConfig, max_context_len: int) -> Metadata:
         bos_id=1,
         eos_ids=(2,),
         prompt_template=f"USER: {PROMPT_PLACEHOLDER} ASSISTANT:",
+        next_turn_template=f"USER: {PROMPT_PLACEHOLDER} ASSISTANT:",
         image_marker="<image>" if has_vision else "",
         image_prefix="<image>\n" if has_vision else "",
         stop_strings=("</s>",),

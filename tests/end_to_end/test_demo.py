@@ -91,7 +91,7 @@ def test_contract_of_the_file(demo_pte):
         "use_kv_cache": [True],
         "use_sdpa_with_kv_cache": [True],
         "enable_dynamic_shape": [True],
-        "mvlm_format_version": [2],
+        "mvlm_format_version": [3],
         "mvlm_stop_strings": ["</s>"],
         "mvlm_image_size": [112],
         "mvlm_image_pad_color": [122, 116, 104],

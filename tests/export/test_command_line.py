@@ -56,6 +56,7 @@ METADATA = Metadata(
     bos_id=1,
     eos_ids=(2,),
     prompt_template="{prompt}",
+    next_turn_template="{prompt}",
     image_marker="<image>",
     image_prefix="<image>",
     stop_strings=(),

@@ -25,6 +25,7 @@ WITH_PICTURES = Metadata(
     bos_id=1,
     eos_ids=(2, 7),
     prompt_template="USER: {prompt} ASSISTANT:",
+    next_turn_template="USER: {prompt} ASSISTANT:",
     image_marker="<image>",
     image_prefix="<image>\n",
     stop_strings=("</s>",),
@@ -70,6 +71,7 @@ def test_another_format_is_said_before_what_it_lacks(version, advice):
     ("metadata", "changes", "message"),
     [
         (WITH_PICTURES, {"prompt_template": "no place for it"}, "must contain {prompt} once"),
+        (WITH_PICTURES, {"next_turn_template": "no place for it"}, "must contain {prompt} once"),
         (WITH_PICTURES, {"image_prefix": "no marker"}, "'no marker' must contain the image marker '<image>' once"),
         (WITH_PICTURES, {"image_prefix": "<image><image>"}, "must contain the image marker '<image>' once"),
         (WITH_PICTURES, {"image_marker": ""}, "must contain the image marker '' once"),

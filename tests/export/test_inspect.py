@@ -154,6 +154,7 @@ METADATA = Metadata(
     bos_id=1,
     eos_ids=(2,),
     prompt_template="USER: {prompt} ASSISTANT:",
+    next_turn_template="USER: {prompt} ASSISTANT:",
     image_marker="<image>",
     image_prefix="<image>\n",
     stop_strings=("</s>",),

@@ -5,7 +5,8 @@
 namespace mvlm {
 namespace {
 
-const PromptFormat kFormat = {"System. USER: {prompt} ASSISTANT:", "<image>", "<image>\n"};
+const PromptFormat kFormat = {"System. USER: {prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:",
+                              "<image>", "<image>\n"};
 using Pieces = std::vector<std::string>;
 
 Result<Pieces> Ask(std::string_view text, bool has_image, bool raw = false) {
@@ -49,7 +50,7 @@ TEST(PromptPieces, RefusesWhatCannotBeAsked) {
 }
 
 TEST(PromptPieces, ToALanguageModelAloneAMarkerIsText) {
-  const PromptFormat format = {"USER: {prompt}", "", ""};
+  const PromptFormat format = {"USER: {prompt}", "USER: {prompt}", "", ""};
   EXPECT_EQ(*PromptPieces(format, {"<image>\n<image>", false, false}),
             (Pieces{"USER: <image>\n<image>"}));
   EXPECT_EQ(*PromptPieces(format, {"<image>", false, true}), (Pieces{"<image>"}));
