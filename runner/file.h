@@ -7,7 +7,7 @@
 #include <string_view>
 #include <utility>
 
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

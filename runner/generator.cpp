@@ -16,8 +16,8 @@ Result<std::vector<float>> EmbedPrompt(Model& model, const GenerationRequest& re
   embeddings.reserve(static_cast<size_t>(request.prompt.positions() * model.hidden_size()));
   for (size_t i = 0; i < request.prompt.pieces.size(); ++i) {
     if (i > 0) {
-      embeddings.insert(embeddings.end(), request.image_embeddings.begin(),
-                        request.image_embeddings.end());
+      const std::vector<float>& image = request.image_embeddings[i - 1];
+      embeddings.insert(embeddings.end(), image.begin(), image.end());
     }
     if (Status status = model.EmbedTokens(request.prompt.pieces[i], &embeddings); !status.ok()) {
       return status.error();
@@ -39,8 +39,8 @@ Result<std::optional<Logits>> Prefill(Model& model, const GenerationRequest& req
     if (position > 0 && request.interrupted) {
       return std::optional<Logits>();
     }
-    const Result<Logits> logits =
-        model.DecodeText(prompt->data() + position * model.hidden_size(), n, position);
+    const Result<Logits> logits = model.DecodeText(
+        prompt->data() + position * model.hidden_size(), n, request.start_pos + position);
     if (!logits.ok()) {
       return logits.error();
     }
@@ -148,11 +148,12 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
   generation.prefill_ms = prefill.ms();
   if (!after_prompt->has_value()) {
     generation.reason = StopReason::kInterrupted;
+    generation.end_pos = request.start_pos;
     return generation;
   }
 
   Result<Logits> logits = **after_prompt;
-  int64_t position = request.prompt.positions();
+  int64_t position = request.start_pos + request.prompt.positions();
   std::vector<float> embedding;
   std::optional<StopReason> reason;
   for (Stopwatch decode;;) {
@@ -170,6 +171,7 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
     }
     if (is_end(*token)) {
       reason = StopReason::kEndOfText;
+      generation.unread = {*token};
       break;
     }
     generation.tokens.push_back(*token);
@@ -178,6 +180,7 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
     }
     reason = stop_reason();
     if (reason.has_value()) {
+      generation.unread = {*token, metadata.eos_ids[0]};
       break;
     }
     embedding.clear();
@@ -191,6 +194,7 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
   if (Status status = output.Finish(); !status.ok()) {
     return status.error();
   }
+  generation.end_pos = position;
   // The last part may be what found the output closed.
   generation.reason = output.wanted() ? *reason : StopReason::kNotWanted;
   return generation;

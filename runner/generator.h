@@ -9,24 +9,14 @@
 #include <string_view>
 #include <vector>
 
+#include "mvlm/runner.h"
 #include "runner/model.h"
 #include "runner/prompt.h"
-#include "runner/result.h"
+#include "mvlm/result.h"
 #include "runner/sampler.h"
 #include "runner/tokenizer.h"
 
 namespace mvlm {
-
-enum class StopReason {
-  kEndOfText,     // the model gave one of its end tokens
-  kStopString,    // the text contains a stop string
-  kMaxNewTokens,  // as many tokens as allowed
-  kInterrupted,   // `interrupted` was set
-  kNotWanted,     // on_text() said so
-};
-
-// "end of text" and so on, for people and for stats.
-std::string_view ToString(StopReason reason);
 
 struct Generation {
   std::vector<int64_t> tokens;  // of the answer, without an end token that ended it
@@ -36,12 +26,19 @@ struct Generation {
   double first_token_ms = 0;           // until the first token was sampled; 0 if none was
   double decode_ms = 0;                // running the model over the tokens after that
   int64_t decode_tokens = 0;  // how many times it ran in decode_ms: the first token is prefill's
+  // For the next prompt of the same conversation: how many positions the model has run over, and
+  // the ids that it must run over first, the rest of the answer and the end token that closes it.
+  // If it was interrupted before the first token, as if it had never been asked.
+  int64_t end_pos = 0;
+  std::vector<int64_t> unread;
 };
 
 struct GenerationRequest {
   const TokenizedPrompt& prompt;
-  const std::vector<float>& image_embeddings;  // [prompt.image_tokens, hidden]; may be empty
-  int64_t max_new_tokens = 1;                  // >= 1; prompt and new tokens fit into the KV cache
+  // Of every picture of the prompt, [prompt.image_tokens, hidden].
+  const std::vector<std::vector<float>>& image_embeddings;
+  int64_t start_pos = 0;       // how many positions of the conversation the KV cache holds
+  int64_t max_new_tokens = 1;  // >= 1; prompt and new tokens fit into the KV cache
   bool ignore_eos = false;                     // end tokens and stop strings are tokens like others
   // Called with parts of the answer as soon as they are certain: never empty, whole UTF-8
   // characters, no white space at the answer's ends, nothing from a stop string on. Returns

@@ -7,7 +7,7 @@
 #include <string_view>
 
 #include "runner/image.h"
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

@@ -24,6 +24,9 @@ constexpr char kExamples[] = R"(Examples:
       --temperature 0 --max_new_tokens 32 --quiet > answer.txt
   llava_main --model_path mobilevlm.pte --prompt "Tell me a story." \
       --temperature 0.7 --top_p 0.9 --seed 1 --cpu_threads 4 --stats_path stats.json
+  llava_main --model_path mobilevlm.pte --image_path a.jpg --image_path b.jpg \
+      --prompt "Is the cat in <image> the one in <image>?"
+  llava_main --model_path mobilevlm.pte --image_path cat.jpg --interactive
   llava_main --model_path mobilevlm.pte --prepare
 
 The weight cache: the first run lays the weights out for this processor, which takes seconds, and
@@ -75,12 +78,17 @@ void AddFlags(CLI::App& app, mvlm::Options& options, RawFlags& raw) {
       ->type_name("FILE");
   app.add_option("--prompt", options.prompt,
                  "The question, e.g. \"What is in the image?\". The picture goes before it, or "
-                 "where it says <image>. Required, but for --prepare")
+                 "where it says <image>. Required, but for --interactive and --prepare")
       ->type_name("TEXT");
-  app.add_option("--image_path", options.image_path,
-                 "A JPEG or PNG picture; without one the model only reads the prompt. A .pte "
-                 "without a vision encoder takes none")
+  app.add_option("--image_path", options.image_paths,
+                 "A JPEG or PNG picture; without one the model only reads the prompt. Once for each "
+                 "of several, in the order of the <image>s. A .pte without a vision encoder takes "
+                 "none")
+      ->allow_extra_args(false)
       ->type_name("FILE");
+  app.add_flag("--interactive", options.interactive,
+               "Go on asking: every line of stdin is a question, or a command like /image FILE; "
+               "/help lists them");
   app.add_flag("--raw_prompt", options.raw_prompt,
                "Take the prompt as it is: do not put it into the .pte's prompt template");
   app.add_option("--tokenizer_path", options.tokenizer_path,

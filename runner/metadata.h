@@ -12,7 +12,7 @@
 
 #include "runner/preprocess.h"
 #include "runner/prompt.h"
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

@@ -11,7 +11,7 @@
 
 #include "runner/arena.h"
 #include "runner/file.h"
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

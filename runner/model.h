@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "runner/metadata.h"
-#include "runner/result.h"
+#include "mvlm/result.h"
 #include "runner/weight_cache.h"
 
 namespace executorch::extension::module {

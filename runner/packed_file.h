@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "runner/file.h"
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

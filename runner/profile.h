@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

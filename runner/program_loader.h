@@ -8,7 +8,7 @@
 #include <memory>
 #include <string>
 
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

@@ -42,40 +42,44 @@ Result<std::vector<std::string>> PromptPieces(const PromptFormat& format,
     return InvalidInput("the prompt is empty; ask something, e.g. \"What is in the image?\"");
   }
   const std::string& marker = format.image_marker;
-  const bool has_marker = !marker.empty() && question.text.find(marker) != std::string_view::npos;
-  if (has_marker && !question.has_image) {
+  const auto markers =
+      marker.empty() ? 0 : static_cast<int64_t>(Split(question.text, marker).size()) - 1;
+  if (markers > 0 && question.images == 0) {
     return InvalidInput(StrCat("the prompt contains ", marker,
                                ", which stands for a picture, but no picture was given; add one "
                                "(--image_path) or take ",
                                marker, " out of the prompt"));
   }
-  if (question.raw && question.has_image && !has_marker) {
+  if (markers > 0 && markers != question.images) {
+    return InvalidInput(StrCat("the prompt contains ", marker, " ", markers, " times, but there ",
+                               question.images == 1 ? "is 1 picture"
+                                                    : StrCat("are ", question.images, " pictures"),
+                               "; put it where each picture goes, or nowhere: then they go before "
+                               "the question"));
+  }
+  if (question.raw && question.images > 0 && markers == 0) {
     return InvalidInput(
-        StrCat("a raw prompt is taken as it is, so it must say itself where the "
-               "picture goes: put ",
-               marker, " into it once"));
+        StrCat("a raw prompt is taken as it is, so it must say itself where ",
+               question.images == 1 ? "the picture goes" : "the pictures go", ": put ", marker,
+               " into it for each"));
   }
 
   std::string text(question.text);
-  if (question.has_image && !has_marker) {
+  for (int64_t i = markers; i < question.images; ++i) {
     text = format.image_prefix + text;
   }
   if (!question.raw) {
-    text = FillTemplate(format.prompt_template, text);
+    text = FillTemplate(question.follows ? format.next_turn_template : format.prompt_template,
+                        text);
   }
-  if (!question.has_image) {
+  if (question.images == 0) {
     return std::vector<std::string>{std::move(text)};
   }
-  std::vector<std::string> pieces = Split(text, marker);
-  if (pieces.size() != 2) {
-    return InvalidInput(StrCat("the prompt contains ", marker, " ", pieces.size() - 1,
-                               " times, but one picture goes to one place; keep one ", marker));
-  }
-  return pieces;
+  return Split(text, marker);
 }
 
 int64_t TokenizedPrompt::positions() const {
-  int64_t count = image_tokens;
+  int64_t count = image_tokens * (static_cast<int64_t>(pieces.size()) - 1);
   for (const std::vector<int64_t>& piece : pieces) {
     count += static_cast<int64_t>(piece.size());
   }
@@ -95,15 +99,22 @@ Result<int64_t> ResolveSeqLen(std::optional<int64_t> requested, int64_t max_cont
 }
 
 Result<int64_t> ResolveMaxNewTokens(std::optional<int64_t> requested, int64_t prompt_positions,
-                                    int64_t seq_len) {
-  if (prompt_positions >= seq_len) {
+                                    int64_t seq_len, int64_t start_pos) {
+  const int64_t room = seq_len - start_pos - prompt_positions;
+  if (room < 1 && start_pos > 0) {
+    return InvalidInput(StrCat("the conversation has used ", start_pos, " of ", seq_len,
+                               " positions, and this question takes ", prompt_positions,
+                               " (pictures and template included) and its answer 1 at least; begin "
+                               "a new conversation or ask something shorter"));
+  }
+  if (room < 1) {
     return InvalidInput(StrCat("the prompt takes ", prompt_positions,
                                " tokens (picture and template included), but at most ", seq_len - 1,
                                " fit into ", seq_len,
                                " positions with room for an answer; shorten the prompt, raise "
                                "--seq_len, or export with a larger --max-context-len"));
   }
-  return std::min(requested.value_or(kDefaultMaxNewTokens), seq_len - prompt_positions);
+  return std::min(requested.value_or(kDefaultMaxNewTokens), room);
 }
 
 std::vector<int64_t> PrefillSteps(int64_t positions, int64_t max_seq_len) {

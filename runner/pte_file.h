@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

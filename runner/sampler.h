@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

@@ -11,17 +11,7 @@ using Json = nlohmann::ordered_json;
 
 Json OrNull(const std::string& text) { return text.empty() ? Json(nullptr) : Json(text); }
 
-}  // namespace
-
-std::string MvlmVersion() { return MVLM_VERSION; }
-
-std::string ExecuTorchVersion() { return MVLM_EXECUTORCH_VERSION; }
-
-double TokensPerSecond(int64_t tokens, double ms) {
-  return tokens > 0 && ms > 0 ? 1000.0 * static_cast<double>(tokens) / ms : 0.0;
-}
-
-std::string ToJson(const RunStats& stats) {
+Json RunJson(const RunStats& stats) {
   Json json;
   json["model"] = {
       {"path", stats.model_path},
@@ -30,15 +20,6 @@ std::string ToJson(const RunStats& stats) {
       {"exported_by", stats.exporter_version},
       {"bytes", stats.model_bytes},
   };
-  if (stats.image.has_value()) {
-    json["image"] = {
-        {"path", stats.image->path},           {"width", stats.image->width},
-        {"height", stats.image->height},       {"tokens", stats.image->tokens},
-        {"decode_ms", stats.image->decode_ms}, {"preprocess_ms", stats.image->preprocess_ms},
-    };
-  } else {
-    json["image"] = nullptr;
-  }
   json["load_ms"] = stats.load_ms;
   Json load = Json::object();
   for (const LoadStats& part : stats.load_parts) {
@@ -59,25 +40,7 @@ std::string ToJson(const RunStats& stats) {
                           {"methods", std::move(methods)}};
   json["low_memory"] = stats.low_memory;
   json["linear_kernels"] = stats.linear_kernels;
-  json["image_encode_ms"] = stats.image.has_value() ? Json(stats.image->encode_ms) : Json(nullptr);
-  json["prompt_tokens"] = stats.prompt_tokens;
-  json["prefill_ms"] = stats.prefill_ms;
-  json["prefill_steps"] = stats.prefill_steps;
-  json["prefill_tokens_per_second"] = TokensPerSecond(stats.prompt_tokens, stats.prefill_ms);
-  json["time_to_first_token_ms"] = stats.time_to_first_token_ms;
-  json["decode_tokens"] = stats.decode_tokens;
-  json["decode_ms"] = stats.decode_ms;
-  json["decode_tokens_per_second"] = TokensPerSecond(stats.decode_tokens, stats.decode_ms);
-  json["tokens"] = stats.tokens;
-  json["stop_reason"] = stats.stop_reason;
   json["seq_len"] = stats.seq_len;
-  json["max_new_tokens"] = stats.max_new_tokens;
-  json["sampling"] = {
-      {"temperature", stats.temperature},
-      {"top_p", stats.top_p},
-      {"top_k", stats.top_k},
-      {"seed", stats.seed},
-  };
   json["peak_rss_bytes"] = stats.memory.peak_rss_bytes;
   json["peak_anonymous_bytes"] = stats.memory.peak_anonymous_bytes;
   Json stages = Json::array();
@@ -94,8 +57,80 @@ std::string ToJson(const RunStats& stats) {
       {"executorch", ExecuTorchVersion()},
       {"contract", contract::kFormatVersion},
   };
-  // Paths need not be UTF-8; JSON must be.
+  return json;
+}
+
+Json TurnJson(const TurnStats& turn) {
+  Json json;
+  Json images = Json::array();
+  for (const ImageStats& image : turn.images) {
+    images.push_back({{"path", OrNull(image.path)},
+                      {"width", image.width},
+                      {"height", image.height},
+                      {"tokens", image.tokens},
+                      {"decode_ms", image.decode_ms},
+                      {"preprocess_ms", image.preprocess_ms},
+                      {"encode_ms", image.encode_ms}});
+  }
+  json["image_encode_ms"] = images.empty() ? Json(nullptr) : Json(turn.image_encode_ms());
+  json["images"] = std::move(images);
+  json["start_pos"] = turn.start_pos;
+  json["prompt_tokens"] = turn.prompt_tokens;
+  json["prefill_ms"] = turn.prefill_ms;
+  json["prefill_steps"] = turn.prefill_steps;
+  json["prefill_tokens_per_second"] = TokensPerSecond(turn.prompt_tokens, turn.prefill_ms);
+  json["time_to_first_token_ms"] = turn.time_to_first_token_ms;
+  json["decode_tokens"] = turn.decode_tokens;
+  json["decode_ms"] = turn.decode_ms;
+  json["decode_tokens_per_second"] = TokensPerSecond(turn.decode_tokens, turn.decode_ms);
+  json["tokens"] = turn.tokens;
+  json["stop_reason"] = turn.stop_reason;
+  json["max_new_tokens"] = turn.max_new_tokens;
+  json["sampling"] = {
+      {"temperature", turn.temperature},
+      {"top_p", turn.top_p},
+      {"top_k", turn.top_k},
+      {"seed", turn.seed},
+  };
+  return json;
+}
+
+// Paths need not be UTF-8; JSON must be.
+std::string Dump(const Json& json) {
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
+}  // namespace
+
+std::string MvlmVersion() { return MVLM_VERSION; }
+
+std::string ExecuTorchVersion() { return MVLM_EXECUTORCH_VERSION; }
+
+double TokensPerSecond(int64_t tokens, double ms) {
+  return tokens > 0 && ms > 0 ? 1000.0 * static_cast<double>(tokens) / ms : 0.0;
+}
+
+double TurnStats::image_encode_ms() const {
+  double ms = 0;
+  for (const ImageStats& image : images) {
+    ms += image.encode_ms;
+  }
+  return ms;
+}
+
+std::string ToJson(const RunStats& stats, const TurnStats& turn) {
+  Json json = RunJson(stats);
+  json.update(TurnJson(turn));
+  return Dump(json);
+}
+
+std::string ToJson(const RunStats& stats, const std::vector<TurnStats>& turns) {
+  Json json = RunJson(stats);
+  json["turns"] = Json::array();
+  for (const TurnStats& turn : turns) {
+    json["turns"].push_back(TurnJson(turn));
+  }
+  return Dump(json);
 }
 
 }  // namespace mvlm

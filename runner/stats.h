@@ -52,7 +52,30 @@ struct WeightCacheStats {
   std::vector<PackedWeightsStats> methods;
 };
 
-// All times are wall-clock times in milliseconds.
+// A question and its answer. All times are wall-clock times in milliseconds.
+struct TurnStats {
+  std::vector<ImageStats> images;
+  int64_t start_pos = 0;      // positions that the model had read before
+  int64_t prompt_tokens = 0;  // positions, the pictures' included
+  double prefill_ms = 0;
+  std::vector<int64_t> prefill_steps;  // positions in each call of the decoder for the prompt
+  // Pictures and prompt until the first token is known, without loading.
+  double time_to_first_token_ms = 0;
+  int64_t decode_tokens = 0;    // tokens after the first, the end token included
+  double decode_ms = 0;         // for them
+  std::vector<int64_t> tokens;  // of the answer, without the end token
+  std::string stop_reason;
+  int64_t max_new_tokens = 0;
+  double temperature = 0;
+  double top_p = 0;
+  int64_t top_k = 0;
+  uint64_t seed = 0;
+
+  // Of all pictures.
+  double image_encode_ms() const;
+};
+
+// All that is not of one question.
 struct RunStats {
   std::string model_path;
   std::string model_name;
@@ -64,22 +87,7 @@ struct RunStats {
   WeightCacheStats weight_cache;
   bool low_memory = false;
   std::string linear_kernels;  // whose: "mvlm" or "xnnpack"
-  std::optional<ImageStats> image;
-  int64_t prompt_tokens = 0;  // positions, the picture's included
-  double prefill_ms = 0;
-  std::vector<int64_t> prefill_steps;  // positions in each call of the decoder for the prompt
-  // Picture and prompt until the first token is known, without loading.
-  double time_to_first_token_ms = 0;
-  int64_t decode_tokens = 0;    // tokens after the first, the end token included
-  double decode_ms = 0;         // for them
-  std::vector<int64_t> tokens;  // of the answer, without the end token
-  std::string stop_reason;
   int64_t seq_len = 0;
-  int64_t max_new_tokens = 0;
-  double temperature = 0;
-  double top_p = 0;
-  int64_t top_k = 0;
-  uint64_t seed = 0;
   int64_t threads = 0;
   MemoryUse memory;
   std::vector<MemoryStats> memory_stages;
@@ -89,6 +97,8 @@ struct RunStats {
 double TokensPerSecond(int64_t tokens, double ms);
 
 // The JSON object, indented, with a newline at the end. image_encode_ms is null without a picture.
-std::string ToJson(const RunStats& stats);
+// Of one question all stands side by side; of a conversation the questions are a list, "turns".
+std::string ToJson(const RunStats& stats, const TurnStats& turn);
+std::string ToJson(const RunStats& stats, const std::vector<TurnStats>& turns);
 
 }  // namespace mvlm

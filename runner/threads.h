@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace sentencepiece {
 class SentencePieceProcessor;

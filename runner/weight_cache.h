@@ -13,7 +13,7 @@
 
 #include "runner/file.h"
 #include "runner/packed_file.h"
-#include "runner/result.h"
+#include "mvlm/result.h"
 
 namespace mvlm {
 

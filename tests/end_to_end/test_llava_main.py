@@ -74,7 +74,7 @@ def test_stats(run, sample_image, tmp_path, demo_pte):
     stats = json.loads(path.read_text())
     for name in ("load_ms", "image_encode_ms", "prefill_ms", "time_to_first_token_ms", "decode_ms"):
         assert stats[name] > 0, name
-    assert stats["prompt_tokens"] > stats["image"]["tokens"] > 0
+    assert stats["prompt_tokens"] > stats["images"][0]["tokens"] > 0
     assert len(stats["tokens"]) == 4
     assert stats["decode_tokens"] == 3
     assert stats["stop_reason"] == "max new tokens"
@@ -91,7 +91,7 @@ def test_stats(run, sample_image, tmp_path, demo_pte):
     assert set(stats["versions"]) == {"mvlm", "executorch", "contract"}
     assert list(tmp_path.glob("stats.json*")) == [path], "a temporary file was left"
     width, height = Image.open(sample_image).size
-    assert (stats["image"]["width"], stats["image"]["height"]) == (width, height)
+    assert (stats["images"][0]["width"], stats["images"][0]["height"]) == (width, height)
 
 
 def test_the_time_to_the_first_token_holds_its_parts(run, sample_image, tmp_path):
@@ -274,9 +274,9 @@ def test_a_tokenizer_of_another_model(run, tmp_path):
 def test_help_teaches(llava_main):
     result = subprocess.run([llava_main, "--help"], capture_output=True, text=True)
     assert result.returncode == 0
-    assert result.stdout.count("llava_main --model_path") == 4
+    assert result.stdout.count("llava_main --model_path") == 6
     flags = "model_path tokenizer_path image_path prompt raw_prompt seq_len max_new_tokens temperature top_p top_k seed"
-    flags += " cpu_threads workspace_sharing weight_cache prepare low_memory ignore_eos stats_path etdump quiet"
+    flags += " cpu_threads workspace_sharing weight_cache prepare low_memory ignore_eos stats_path etdump quiet interactive linear_kernels"
     for flag in [*flags.split(), "version", "help"]:
         assert f"--{flag}" in result.stdout, flag
     assert "A .pte without a vision encoder takes none" in result.stdout
@@ -285,7 +285,7 @@ def test_help_teaches(llava_main):
 def test_version(llava_main):
     result = subprocess.run([llava_main, "--version"], capture_output=True, text=True)
     assert result.returncode == 0
-    assert re.fullmatch(r"llava_main \d+\.\d+\S* \(ExecuTorch \d.*, \.pte format 2\)\n", result.stdout)
+    assert re.fullmatch(r"llava_main \d+\.\d+\S* \(ExecuTorch \d.*, \.pte format 3\)\n", result.stdout)
 
 
 # Bad usage
@@ -328,7 +328,7 @@ def test_bad_usage(run, tmp_path, flags, expected):
 
 
 def test_several_markers_for_one_picture(run, sample_image):
-    check_refused(run(image_path=sample_image, prompt="<image> and <image>"), "2 times", "keep one <image>")
+    check_refused(run(image_path=sample_image, prompt="<image> and <image>"), "2 times, but there is 1 picture")
 
 
 def test_a_raw_prompt_must_say_where_the_picture_goes(run, sample_image):
@@ -405,12 +405,12 @@ def test_a_pte_of_another_model(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [(1, "made by an older mvlm: export it again"), (3, "made by a newer mvlm: install that here too")],
+    [(1, "made by an older mvlm: export it again"), (4, "made by a newer mvlm: install that here too")],
 )
 def test_a_pte_of_another_format(run_pte, tmp_path, demo_tokenizer, version, expected):
     constants = hollow_constants(demo_tokenizer, ()) | {"mvlm_format_version": version}
     path = write_hollow_pte(tmp_path / "other.pte", constants, with_vision=True)
-    check_refused(run_pte(model_path=path), str(path), f"is of format {version}", "reads format 2 alone", expected)
+    check_refused(run_pte(model_path=path), str(path), f"is of format {version}", "reads format 3 alone", expected)
 
 
 # Pictures
@@ -512,7 +512,7 @@ def test_a_language_model_alone_answers(run_pte, text_pte, tmp_path):
     stats = json.loads(stats_path.read_text())
     model = MobileVLM(text_pte.path)
     prompt = prompt_ids(model.tokenizer, model.metadata, f"USER: {question} ASSISTANT:")
-    assert stats["image"] is None
+    assert stats["images"] == []
     assert stats["image_encode_ms"] is None
     assert stats["prompt_tokens"] == len(prompt[0])
     assert stats["tokens"] == greedy(text_pte, prompt, 24)
@@ -555,7 +555,7 @@ def test_a_picture_may_take_576_tokens(run_pte, llava_pte, tmp_path, sample_imag
     stats = json.loads(stats_path.read_text())
     model = MobileVLM(llava_pte.path)
     prompt = prompt_ids(model.tokenizer, model.metadata, f"USER: <image>\n{QUESTION} ASSISTANT:")
-    assert stats["image"]["tokens"] == 576
+    assert stats["images"][0]["tokens"] == 576
     assert stats["prompt_tokens"] == 576 + sum(map(len, prompt))
     pixels = preprocess(load_image(sample_image), model.metadata.image)
     assert stats["tokens"] == greedy(llava_pte, prompt, 12, pixels)

@@ -17,7 +17,7 @@ Constants Good() {
       {contract::kUseKvCache, {true}},
       {contract::kUseSdpaWithKvCache, {true}},
       {contract::kEnableDynamicShape, {true}},
-      {contract::kFormat, {int64_t{2}}},
+      {contract::kFormat, {contract::kFormatVersion}},
       {contract::kVersion, {"0.1.0"}},
       {contract::kProgramId, {"sha256:01"}},
       {contract::kModelName, {"demo"}},
@@ -123,8 +123,8 @@ TEST(ParseMetadata, RefusesEveryOtherFormatAndSaysWhatToDo) {
   const std::string older = Complaint(With(contract::kFormat, {int64_t{1}}));
   EXPECT_NE(older.find("format 1"), std::string::npos) << older;
   EXPECT_NE(older.find("older mvlm: export it again"), std::string::npos) << older;
-  const std::string newer = Complaint(With(contract::kFormat, {int64_t{3}}));
-  EXPECT_NE(newer.find("format 3"), std::string::npos) << newer;
+  const std::string newer = Complaint(With(contract::kFormat, {contract::kFormatVersion + 1}));
+  EXPECT_NE(newer.find("format 4"), std::string::npos) << newer;
   EXPECT_NE(newer.find("newer mvlm: install"), std::string::npos) << newer;
 }
 

@@ -9,8 +9,8 @@ const PromptFormat kFormat = {"System. USER: {prompt} ASSISTANT:", "USER: {promp
                               "<image>", "<image>\n"};
 using Pieces = std::vector<std::string>;
 
-Result<Pieces> Ask(std::string_view text, bool has_image, bool raw = false) {
-  return PromptPieces(kFormat, {text, has_image, raw});
+Result<Pieces> Ask(std::string_view text, int64_t images, bool raw = false, bool follows = false) {
+  return PromptPieces(kFormat, {text, images, raw, follows});
 }
 
 std::string Complaint(const Result<Pieces>& result) {
@@ -20,44 +20,60 @@ std::string Complaint(const Result<Pieces>& result) {
 }
 
 TEST(PromptPieces, PutsThePictureInFrontOfTheQuestion) {
-  EXPECT_EQ(*Ask("What?", true), (Pieces{"System. USER: ", "\nWhat? ASSISTANT:"}));
+  EXPECT_EQ(*Ask("What?", 1), (Pieces{"System. USER: ", "\nWhat? ASSISTANT:"}));
 }
 
 TEST(PromptPieces, OrWhereTheQuestionSays) {
-  EXPECT_EQ(*Ask("Is <image> red?", true), (Pieces{"System. USER: Is ", " red? ASSISTANT:"}));
+  EXPECT_EQ(*Ask("Is <image> red?", 1), (Pieces{"System. USER: Is ", " red? ASSISTANT:"}));
+}
+
+TEST(PromptPieces, SeveralPicturesGoInFrontOrWhereTheQuestionSays) {
+  EXPECT_EQ(*Ask("Same?", 2), (Pieces{"System. USER: ", "\n", "\nSame? ASSISTANT:"}));
+  EXPECT_EQ(*Ask("Is <image> like <image>?", 2),
+            (Pieces{"System. USER: Is ", " like ", "? ASSISTANT:"}));
+}
+
+TEST(PromptPieces, AFurtherQuestionHasATemplateOfItsOwn) {
+  EXPECT_EQ(*Ask("And?", 0, false, true), (Pieces{"USER: And? ASSISTANT:"}));
+  EXPECT_EQ(*Ask("And?", 1, false, true), (Pieces{"USER: ", "\nAnd? ASSISTANT:"}));
+  EXPECT_EQ(*Ask("And?", 0, true, true), (Pieces{"And?"}));
 }
 
 TEST(PromptPieces, WithoutAPictureThereIsOnePiece) {
-  EXPECT_EQ(*Ask("What?", false), (Pieces{"System. USER: What? ASSISTANT:"}));
+  EXPECT_EQ(*Ask("What?", 0), (Pieces{"System. USER: What? ASSISTANT:"}));
 }
 
 TEST(PromptPieces, ARawPromptIsTakenAsItIs) {
-  EXPECT_EQ(*Ask(" Q: What? A:", false, true), (Pieces{" Q: What? A:"}));
-  EXPECT_EQ(*Ask("<image>", true, true), (Pieces{"", ""}));
-  EXPECT_NE(Complaint(Ask("What?", true, true)).find("put <image> into it"), std::string::npos);
+  EXPECT_EQ(*Ask(" Q: What? A:", 0, true), (Pieces{" Q: What? A:"}));
+  EXPECT_EQ(*Ask("<image>", 1, true), (Pieces{"", ""}));
+  EXPECT_NE(Complaint(Ask("What?", 1, true)).find("put <image> into it"), std::string::npos);
 }
 
 TEST(PromptPieces, TheQuestionIsNotATemplate) {
-  EXPECT_EQ(*Ask("{prompt}", false), (Pieces{"System. USER: {prompt} ASSISTANT:"}));
+  EXPECT_EQ(*Ask("{prompt}", 0), (Pieces{"System. USER: {prompt} ASSISTANT:"}));
 }
 
 TEST(PromptPieces, RefusesWhatCannotBeAsked) {
-  EXPECT_NE(Complaint(Ask("", false)).find("empty"), std::string::npos);
-  EXPECT_NE(Complaint(Ask(" \n\t", true)).find("empty"), std::string::npos);
-  EXPECT_NE(Complaint(Ask("ab\xFFz", true)).find("not valid UTF-8: byte 2"), std::string::npos);
-  EXPECT_NE(Complaint(Ask("<image> what?", false)).find("no picture was given"), std::string::npos);
-  EXPECT_NE(Complaint(Ask("<image> and <image>", true)).find("2 times"), std::string::npos);
+  EXPECT_NE(Complaint(Ask("", 0)).find("empty"), std::string::npos);
+  EXPECT_NE(Complaint(Ask(" \n\t", 1)).find("empty"), std::string::npos);
+  EXPECT_NE(Complaint(Ask("ab\xFFz", 1)).find("not valid UTF-8: byte 2"), std::string::npos);
+  EXPECT_NE(Complaint(Ask("<image> what?", 0)).find("no picture was given"), std::string::npos);
+  EXPECT_NE(Complaint(Ask("<image> and <image>", 1)).find("2 times, but there is 1 picture;"),
+            std::string::npos);
+  EXPECT_NE(Complaint(Ask("<image>?", 3)).find("1 times, but there are 3 pictures;"),
+            std::string::npos);
 }
 
 TEST(PromptPieces, ToALanguageModelAloneAMarkerIsText) {
   const PromptFormat format = {"USER: {prompt}", "USER: {prompt}", "", ""};
-  EXPECT_EQ(*PromptPieces(format, {"<image>\n<image>", false, false}),
+  EXPECT_EQ(*PromptPieces(format, {"<image>\n<image>"}),
             (Pieces{"USER: <image>\n<image>"}));
-  EXPECT_EQ(*PromptPieces(format, {"<image>", false, true}), (Pieces{"<image>"}));
+  EXPECT_EQ(*PromptPieces(format, {"<image>", 0, true}), (Pieces{"<image>"}));
 }
 
 TEST(TokenizedPrompt, CountsPieceAndPicturePositions) {
   EXPECT_EQ((TokenizedPrompt{{{1, 5, 6}, {7}}, 144}.positions()), 148);
+  EXPECT_EQ((TokenizedPrompt{{{1}, {}, {7}}, 144}.positions()), 290);
   EXPECT_EQ((TokenizedPrompt{{{1}}, 0}.positions()), 1);
 }
 
@@ -86,6 +102,16 @@ TEST(ResolveMaxNewTokens, APictureMayTakeMostOfTheCache) {
 TEST(ResolveMaxNewTokens, ARequestIsCutToWhatFits) {
   EXPECT_EQ(*ResolveMaxNewTokens(7, 194, 768), 7);
   EXPECT_EQ(*ResolveMaxNewTokens(INT64_MAX, 194, 768), 574);
+}
+
+TEST(ResolveMaxNewTokens, InAConversationLessIsLeft) {
+  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 100, 768, 600), 68);
+  EXPECT_EQ(*ResolveMaxNewTokens(std::nullopt, 167, 768, 600), 1);
+  const auto full = ResolveMaxNewTokens(std::nullopt, 168, 768, 600);
+  ASSERT_FALSE(full.ok());
+  EXPECT_EQ(full.error().kind, ErrorKind::kInvalidInput);
+  EXPECT_NE(full.error().message.find("used 600 of 768 positions"), std::string::npos);
+  EXPECT_NE(full.error().message.find("takes 168"), std::string::npos);
 }
 
 TEST(ResolveMaxNewTokens, APromptMustLeaveRoomForOneToken) {

@@ -466,7 +466,7 @@ def test_bench_of_the_demo(demo_pte, llava_main, stand_in, tmp_path, capsys):
     text = first[0]["stats"]
     assert (text["prompt_tokens"], text["decode_tokens"], text["threads"]) == (20, 4, 1)
     picture = first[3]["stats"]
-    assert picture["prompt_tokens"] == picture["image"]["tokens"] + bench.PICTURE_TEXT_TOKENS
+    assert picture["prompt_tokens"] == picture["images"][0]["tokens"] + bench.PICTURE_TEXT_TOKENS
     assert picture["decode_tokens"] == bench.PICTURE_DECODE_TOKENS
 
     root = ElementTree.parse(tmp_path / "out.svg").getroot()
