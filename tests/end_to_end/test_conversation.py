@@ -213,7 +213,8 @@ def test_flags_give_the_first_question(converse, run, sample_image):
 
 
 def test_stats_and_help_and_quit(converse, sample_image):
-    code, stdout, stderr, _ = converse("/help", "/stats", f"/image {sample_image}", QUESTION, "/stats", "/quit", "never")
+    lines = ("/help", "/stats", f"/image {sample_image}", QUESTION, "/stats", "/quit", "never")
+    code, stdout, stderr, _ = converse(*lines)
     assert code == 0
     assert len(stdout.splitlines()) == 1
     for command in ("/image FILE", "/reset", "/stats", "/quit"):
@@ -256,7 +257,7 @@ def test_what_is_refused_changes_nothing(converse, sample_image, other_image):
 
 
 def test_a_language_model_alone_converses_without_pictures(llava_main, text_pte, sample_image):
-    command = [llava_main, "--model_path", text_pte.path, "--interactive", "--temperature", "0", "--max_new_tokens", "3"]
+    command = [llava_main, "--model_path", text_pte.path, "--interactive", "--temperature", 0, "--max_new_tokens", 3]
     lines = f"Hi\n/image {sample_image}\nAnd?\n"
     result = subprocess.run([str(word) for word in command], input=lines, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""Finds the native test program of the runner."""
+"""Finds what was built of the runner."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def stage_dump() -> Path:
-    """``mvlm_stage_dump``, which shows single stages of the runner (tests/runner/stage_dump.cpp)."""
+def native_build() -> Path:
+    """The build folder with everything in it."""
     build = Path(os.environ.get("MVLM_NATIVE_BUILD_DIR", REPOSITORY / "build" / "native"))
-    program = build / "tests" / "runner" / "mvlm_stage_dump"
-    if not program.exists():
+    if not (build / "tests" / "runner" / "mvlm_stage_dump").exists():
         pytest.fail(
-            f"{program} is not built. Run ci/test.sh, or name your build folder in MVLM_NATIVE_BUILD_DIR.",
-            pytrace=False,
+            f"{build} is not built. Run ci/test.sh, or name your build folder in MVLM_NATIVE_BUILD_DIR.", pytrace=False
         )
-    return program
+    return build
+
+
+@pytest.fixture(scope="session")
+def stage_dump(native_build: Path) -> Path:
+    """``mvlm_stage_dump``, which shows single stages of the runner (tests/runner/stage_dump.cpp)."""
+    return native_build / "tests" / "runner" / "mvlm_stage_dump"
