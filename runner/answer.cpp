@@ -69,9 +69,9 @@ Result<std::optional<std::string>> ReadLine() {
 class Run {
  public:
   explicit Run(const Options& options)
-      : options_(options), progress_(options.quiet), session_(options, [this](std::string_view line) {
-          progress_.Say(line);
-        }) {}
+      : options_(options),
+        progress_(options.quiet),
+        session_(options, [this](std::string_view line) { progress_.Say(line); }) {}
 
   Result<int> Execute() {
     using Step = Status (Run::*)();
@@ -82,9 +82,7 @@ class Run {
     const std::vector<Step> converse = {
         &Run::OpenOutputFiles, &Run::ReadPictures, &Run::OpenModel, &Run::LoadModel,
         &Run::EncodePictures,  &Run::LoadRest,     &Run::Converse};
-    for (const Step step : options_.prepare       ? prepare
-                           : options_.interactive ? converse
-                                                  : answer) {
+    for (const Step step : options_.prepare ? prepare : options_.interactive ? converse : answer) {
       // Before the answer has begun there is nothing to tell or to measure.
       if (Interrupted()) {
         progress_.Say("interrupted");
@@ -153,8 +151,9 @@ class Run {
       }
     }
     if (model.has_own_linears()) {
-      progress_.Say("on this processor the weights are read as the .pte has them: there is nothing "
-                    "to prepare (--linear_kernels xnnpack would want it)");
+      progress_.Say(
+          "on this processor the weights are read as the .pte has them: there is nothing "
+          "to prepare (--linear_kernels xnnpack would want it)");
     } else {
       progress_.Say("prepared ", options_.model_path, " in ", FormatMs(session_.stats().load_ms));
     }
@@ -166,8 +165,7 @@ class Run {
 
   Status Ask(const std::string& text) {
     const auto images = static_cast<int64_t>(pictures_.size() + embeddings_.size());
-    Result<Turn> turn =
-        session_.Ask({text, images, options_.raw_prompt}, options_.max_new_tokens);
+    Result<Turn> turn = session_.Ask({text, images, options_.raw_prompt}, options_.max_new_tokens);
     if (!turn.ok()) {
       return turn.error();
     }
@@ -299,7 +297,7 @@ class Run {
                   FormatBytes(memory_.Sample().peak_rss_bytes));
   }
 
-  // -- a conversation ------------------------------------------------------------------------------
+  // -- a conversation -----------------------------------------------------------------------
 
   // What is wrong with a line is said, and the conversation goes on. Whoever types sees it; a
   // script learns of it by the exit code.
@@ -431,7 +429,6 @@ class Run {
                   " for the next question");
   }
 
-  // ------------------------------------------------------------------------------------------------
 
   Status WriteFiles() {
     if (etdump_file_.has_value()) {

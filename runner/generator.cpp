@@ -39,8 +39,8 @@ Result<std::optional<Logits>> Prefill(Model& model, const GenerationRequest& req
     if (position > 0 && request.interrupted) {
       return std::optional<Logits>();
     }
-    const Result<Logits> logits = model.DecodeText(
-        prompt->data() + position * model.hidden_size(), n, request.start_pos + position);
+    const Result<Logits> logits = model.DecodeText(prompt->data() + position * model.hidden_size(),
+                                                   n, request.start_pos + position);
     if (!logits.ok()) {
       return logits.error();
     }

@@ -9,10 +9,10 @@
 #include <string_view>
 #include <vector>
 
+#include "mvlm/result.h"
 #include "mvlm/runner.h"
 #include "runner/model.h"
 #include "runner/prompt.h"
-#include "mvlm/result.h"
 #include "runner/sampler.h"
 #include "runner/tokenizer.h"
 
@@ -39,7 +39,7 @@ struct GenerationRequest {
   const std::vector<std::vector<float>>& image_embeddings;
   int64_t start_pos = 0;       // how many positions of the conversation the KV cache holds
   int64_t max_new_tokens = 1;  // >= 1; prompt and new tokens fit into the KV cache
-  bool ignore_eos = false;                     // end tokens and stop strings are tokens like others
+  bool ignore_eos = false;     // end tokens and stop strings are tokens like others
   // Called with parts of the answer as soon as they are certain: never empty, whole UTF-8
   // characters, no white space at the answer's ends, nothing from a stop string on. Returns
   // whether more is wanted.

@@ -6,8 +6,8 @@
 #include <string>
 #include <string_view>
 
-#include "runner/image.h"
 #include "mvlm/result.h"
+#include "runner/image.h"
 
 namespace mvlm {
 

@@ -80,10 +80,11 @@ void AddFlags(CLI::App& app, mvlm::Options& options, RawFlags& raw) {
                  "The question, e.g. \"What is in the image?\". The picture goes before it, or "
                  "where it says <image>. Required, but for --interactive and --prepare")
       ->type_name("TEXT");
-  app.add_option("--image_path", options.image_paths,
-                 "A JPEG or PNG picture; without one the model only reads the prompt. Once for each "
-                 "of several, in the order of the <image>s. A .pte without a vision encoder takes "
-                 "none")
+  app.add_option(
+         "--image_path", options.image_paths,
+         "A JPEG or PNG picture; without one the model only reads the prompt. Once for each "
+         "of several, in the order of the <image>s. A .pte without a vision encoder takes "
+         "none")
       ->allow_extra_args(false)
       ->type_name("FILE");
   app.add_flag("--interactive", options.interactive,

@@ -10,9 +10,9 @@
 #include <variant>
 #include <vector>
 
+#include "mvlm/result.h"
 #include "runner/preprocess.h"
 #include "runner/prompt.h"
-#include "mvlm/result.h"
 
 namespace mvlm {
 

@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "mvlm/result.h"
 #include "runner/arena.h"
 #include "runner/file.h"
-#include "mvlm/result.h"
 
 namespace mvlm {
 

@@ -181,8 +181,7 @@ Model::Model(std::string path, uint64_t file_bytes, const ModelSettings& setting
 
 Model::~Model() = default;
 
-Result<std::unique_ptr<Model>> Model::Open(const std::string& path,
-                                           const ModelSettings& settings) {
+Result<std::unique_ptr<Model>> Model::Open(const std::string& path, const ModelSettings& settings) {
   CatchExecuTorchLog();
   const Result<uint64_t> file_bytes = CheckPteFile(path);
   if (!file_bytes.ok()) {

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "runner/metadata.h"
 #include "mvlm/result.h"
+#include "runner/metadata.h"
 #include "runner/weight_cache.h"
 
 namespace executorch::extension::module {

@@ -18,8 +18,8 @@
 #include <string_view>
 #include <vector>
 
-#include "runner/file.h"
 #include "mvlm/result.h"
+#include "runner/file.h"
 
 namespace mvlm {
 

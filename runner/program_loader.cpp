@@ -48,9 +48,8 @@ class LinearBackendLoader final : public DataLoader {
     char* const copy = static_cast<char*>(operator new(size, kAlignment));
     std::memcpy(copy, buffer->data(), size);
     ReplaceBackend(copy, size);
-    return FreeableBuffer(copy, size, [](void*, void* data, size_t) {
-      operator delete(data, kAlignment);
-    });
+    return FreeableBuffer(copy, size,
+                          [](void*, void* data, size_t) { operator delete(data, kAlignment); });
   }
 
   Error load_into(size_t offset, size_t size, const SegmentInfo& info,

@@ -51,17 +51,16 @@ Result<std::vector<std::string>> PromptPieces(const PromptFormat& format,
                                marker, " out of the prompt"));
   }
   if (markers > 0 && markers != question.images) {
-    return InvalidInput(StrCat("the prompt contains ", marker, " ", markers, " times, but there ",
-                               question.images == 1 ? "is 1 picture"
-                                                    : StrCat("are ", question.images, " pictures"),
-                               "; put it where each picture goes, or nowhere: then they go before "
-                               "the question"));
+    return InvalidInput(
+        StrCat("the prompt contains ", marker, " ", markers, " times, but there ",
+               question.images == 1 ? "is 1 picture" : StrCat("are ", question.images, " pictures"),
+               "; put it where each picture goes, or nowhere: then they go before "
+               "the question"));
   }
   if (question.raw && question.images > 0 && markers == 0) {
-    return InvalidInput(
-        StrCat("a raw prompt is taken as it is, so it must say itself where ",
-               question.images == 1 ? "the picture goes" : "the pictures go", ": put ", marker,
-               " into it for each"));
+    return InvalidInput(StrCat("a raw prompt is taken as it is, so it must say itself where ",
+                               question.images == 1 ? "the picture goes" : "the pictures go",
+                               ": put ", marker, " into it for each"));
   }
 
   std::string text(question.text);
@@ -69,8 +68,8 @@ Result<std::vector<std::string>> PromptPieces(const PromptFormat& format,
     text = format.image_prefix + text;
   }
   if (!question.raw) {
-    text = FillTemplate(question.follows ? format.next_turn_template : format.prompt_template,
-                        text);
+    text =
+        FillTemplate(question.follows ? format.next_turn_template : format.prompt_template, text);
   }
   if (question.images == 0) {
     return std::vector<std::string>{std::move(text)};

@@ -241,8 +241,9 @@ Status Runner::AddPicturePixels(const uint8_t* pixels, int64_t width, int64_t he
                                 int64_t row_bytes, PixelFormat format) {
   const int64_t channels = format == PixelFormat::kRgba ? 4 : 3;
   if (width < 1 || height < 1 || width > kMaxImagePixels / height) {
-    return InvalidInput(StrCat("a picture of ", width, " x ", height, " pixels is not possible: 1 x ",
-                               "1 to ", kMaxImagePixels, " pixels in all"));
+    return InvalidInput(StrCat("a picture of ", width, " x ", height,
+                               " pixels is not possible: 1 x ", "1 to ", kMaxImagePixels,
+                               " pixels in all"));
   }
   if (row_bytes < width * channels) {
     return InvalidInput(StrCat("rows of ", row_bytes, " bytes are too short for ", width,

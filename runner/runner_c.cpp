@@ -187,18 +187,10 @@ mvlm_status mvlm_runner_reset(mvlm_runner* runner) {
 
 void mvlm_runner_get_stats(const mvlm_runner* runner, mvlm_stats* stats) {
   const mvlm::RunnerStats now = runner->runner->stats();
-  const mvlm_stats all = {stats->size,
-                          now.load_ms,
-                          now.images,
-                          now.image_encode_ms,
-                          now.prompt_tokens,
-                          now.prefill_ms,
-                          now.first_token_ms,
-                          now.generated_tokens,
-                          now.decode_ms,
-                          now.decode_tokens,
-                          now.positions_used,
-                          now.positions_total};
+  const mvlm_stats all = {stats->size,         now.load_ms,          now.images,
+                          now.image_encode_ms, now.prompt_tokens,    now.prefill_ms,
+                          now.first_token_ms,  now.generated_tokens, now.decode_ms,
+                          now.decode_tokens,   now.positions_used,   now.positions_total};
   std::memcpy(stats, &all, std::min(stats->size, sizeof(all)));
 }
 

@@ -312,10 +312,9 @@ Result<Generation> Session::Generate(const Turn& turn,
     return status.error();
   }
   Sampler sampler(sampling);
-  Result<Generation> generation =
-      mvlm::Generate(*model_, *tokenizer_, sampler,
-                     {turn.prompt, images, turn.start_pos, turn.max_new_tokens, ignore_eos, on_text,
-                      interrupted});
+  Result<Generation> generation = mvlm::Generate(
+      *model_, *tokenizer_, sampler,
+      {turn.prompt, images, turn.start_pos, turn.max_new_tokens, ignore_eos, on_text, interrupted});
   // What was run beyond position_ is run over: the KV cache is read no further than it is written.
   if (generation.ok() && generation->end_pos > turn.start_pos) {
     position_ = generation->end_pos;

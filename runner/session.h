@@ -12,11 +12,11 @@
 #include <string_view>
 #include <vector>
 
+#include "mvlm/result.h"
 #include "runner/generator.h"
 #include "runner/image.h"
 #include "runner/model.h"
 #include "runner/prompt.h"
-#include "mvlm/result.h"
 #include "runner/sampler.h"
 #include "runner/stats.h"
 #include "runner/tokenizer.h"

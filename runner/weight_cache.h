@@ -11,9 +11,9 @@
 #include <string>
 #include <string_view>
 
+#include "mvlm/result.h"
 #include "runner/file.h"
 #include "runner/packed_file.h"
-#include "mvlm/result.h"
 
 namespace mvlm {
 

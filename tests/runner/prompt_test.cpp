@@ -5,8 +5,8 @@
 namespace mvlm {
 namespace {
 
-const PromptFormat kFormat = {"System. USER: {prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:",
-                              "<image>", "<image>\n"};
+const PromptFormat kFormat = {
+    "System. USER: {prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:", "<image>", "<image>\n"};
 using Pieces = std::vector<std::string>;
 
 Result<Pieces> Ask(std::string_view text, int64_t images, bool raw = false, bool follows = false) {
@@ -66,8 +66,7 @@ TEST(PromptPieces, RefusesWhatCannotBeAsked) {
 
 TEST(PromptPieces, ToALanguageModelAloneAMarkerIsText) {
   const PromptFormat format = {"USER: {prompt}", "USER: {prompt}", "", ""};
-  EXPECT_EQ(*PromptPieces(format, {"<image>\n<image>"}),
-            (Pieces{"USER: <image>\n<image>"}));
+  EXPECT_EQ(*PromptPieces(format, {"<image>\n<image>"}), (Pieces{"USER: <image>\n<image>"}));
   EXPECT_EQ(*PromptPieces(format, {"<image>", 0, true}), (Pieces{"<image>"}));
 }
 

@@ -78,16 +78,16 @@ struct Answer {
 
 // Times are wall-clock times in milliseconds; those of an answer are the last one's.
 struct RunnerStats {
-  double load_ms = 0;             // so far
-  int64_t images = 0;             // of the last question
-  double image_encode_ms = 0;     // of all of them
-  int64_t prompt_tokens = 0;      // positions, the pictures' included
-  double prefill_ms = 0;          // reading the prompt
-  double first_token_ms = 0;      // pictures and prompt until the first token was known
-  int64_t generated_tokens = 0;   // of the answer
-  double decode_ms = 0;           // all tokens after the first
-  int64_t decode_tokens = 0;      // them, the end token included
-  int64_t positions_used = 0;     // by the conversation
+  double load_ms = 0;            // so far
+  int64_t images = 0;            // of the last question
+  double image_encode_ms = 0;    // of all of them
+  int64_t prompt_tokens = 0;     // positions, the pictures' included
+  double prefill_ms = 0;         // reading the prompt
+  double first_token_ms = 0;     // pictures and prompt until the first token was known
+  int64_t generated_tokens = 0;  // of the answer
+  double decode_ms = 0;          // all tokens after the first
+  int64_t decode_tokens = 0;     // them, the end token included
+  int64_t positions_used = 0;    // by the conversation
   int64_t positions_total = 0;
 };
 

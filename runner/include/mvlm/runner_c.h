@@ -1,8 +1,8 @@
 /* The library for apps, for C and for what calls C: JNI, Swift, Dart, Python's ctypes. What it does
  * is described in runner.h, function by function.
  *
- * Texts are UTF-8 and end with a zero byte. A function that returns an mvlm_status leaves the reason
- * of anything but MVLM_OK in mvlm_last_error(). No exception passes these functions. */
+ * Texts are UTF-8 and end with a zero byte. A function that returns an mvlm_status leaves the
+ * reason of anything but MVLM_OK in mvlm_last_error(). No exception passes these functions. */
 
 #ifndef MVLM_RUNNER_C_H_
 #define MVLM_RUNNER_C_H_
