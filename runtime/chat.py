@@ -95,7 +95,8 @@ class Chat:
     @property
     def position(self) -> int:
         """Positions that the conversation has used, with the one or two that the next question reads first."""
-        return self._state.position + len(self._state.unread)
+        # An answer that goes on to the last position leaves none for the end token behind it.
+        return min(self._state.position + len(self._state.unread), self._model.metadata.max_context_len)
 
     @property
     def room(self) -> int:

@@ -115,40 +115,47 @@ def test_one_picture_is_a_sequence_of_one(model, sample_image):
     assert torch.equal(model.embed(None, FIRST), model.embed([], FIRST))
 
 
-@pytest.mark.parametrize("most", [None, 3], ids=["ended by the model", "ended by max_new_tokens"])
-def test_two_turns_equal_the_whole_conversation_read_anew(model, recorder, pictures, most):
+@pytest.mark.parametrize(
+    ("questions", "count", "most"),
+    [((FIRST, SECOND), 1, 40), ((SECOND, FIRST), 1, 3), ((FIRST, SECOND), 15, 40)],
+    ids=["ended by the model", "ended by max_new_tokens", "longer than one call takes"],
+)
+def test_two_turns_equal_the_whole_conversation_read_anew(model, recorder, pictures, questions, count, most):
     chat = model.chat()
-    first = chat.answer(FIRST, pictures[0], max_new_tokens=most)
+    answers = [chat.answer(questions[0], pictures[:1] * count, max_new_tokens=most)]
     used = chat.position
-    second = chat.answer(SECOND, pictures[1], max_new_tokens=40)
+    answers.append(chat.answer(questions[1], pictures[1], max_new_tokens=40))
 
     # What SentencePiece makes of the parts, picture by picture and turn by turn.
     encode = model.tokenizer.encode
     fresh = PteProgram(model.program.path)
     features = [MobileVLM(model.program.path).embed_image(picture) for picture in pictures]
     opening = [ids_embedded(fresh, BOS, *encode(BEFORE_FIRST)), features[0]]
-    opening.append(ids_embedded(fresh, *encode(f"\n{FIRST}{BEHIND}")))
-    told = list(greedy(fresh, torch.cat(opening, dim=1), most or 40))
-    answer = [token for token, _ in told if token != EOS]
-    assert (told[-1][0] == EOS) == (most is None)
-    assert model.tokenizer.decode(answer) == first
-    following = [ids_embedded(fresh, *answer, EOS, *encode(BEFORE_SECOND)), features[1]]
-    following.append(ids_embedded(fresh, *encode(f"\n{SECOND}{BEHIND}")))
+    for _ in range(count - 1):
+        assert encode("\n") == []
+        opening.append(features[0])
+    opening.append(ids_embedded(fresh, *encode(f"\n{questions[0]}{BEHIND}")))
+    told = [token for token, _ in greedy(fresh, torch.cat(opening, dim=1), most)]
+    assert (told[-1] == EOS) == (most > 3)
+    told = [token for token in told if token != EOS]
+    assert model.tokenizer.decode(told) == answers[0]
+    following = [ids_embedded(fresh, *told, EOS, *encode(BEFORE_SECOND)), features[1]]
+    following.append(ids_embedded(fresh, *encode(f"\n{questions[1]}{BEHIND}")))
     conversation = torch.cat(opening + following, dim=1)
 
-    # (1) All that was read, in the order of its positions, each position once.
+    # All that was read, in the order of its positions, and each position once.
     length = conversation.shape[1]
     assert torch.equal(torch.cat([embeddings for embeddings, *_ in recorder.calls], dim=1)[:, :length], conversation)
     starts = [start for start, _ in recorder.positions]
     assert starts == [sum(n for _, n in recorder.positions[:i]) for i in range(len(starts))]
-    assert used == torch.cat(opening, dim=1).shape[1] + len(answer) + 1
+    assert used == torch.cat(opening, dim=1).shape[1] + len(told) + 1
 
-    # (2) The same answer, and the same logits for each of its tokens.
     anew = list(greedy(PteProgram(model.program.path), conversation, 40))
-    assert model.tokenizer.decode([token for token, _ in anew if token != EOS]) == second
-    kept = recorder.calls[-len(anew) :]
-    for (_, logits), (*_, kept_logits) in zip(anew, kept, strict=True):
-        print("difference", float((logits - kept_logits).abs().max()), float(logits.abs().max()))
+    assert model.tokenizer.decode([token for token, _ in anew if token != EOS]) == answers[1]
+    for (_, logits), (*_, kept_logits) in zip(anew, recorder.calls[-len(anew) :], strict=True):
+        # Measured: no difference at all. But kernels for one row and for many need not round alike on every CPU.
+        print("difference", (logits - kept_logits).abs().max().item())
+        assert (logits - kept_logits).abs().max() <= 1e-4 * logits.abs().max()
 
 
 def test_conversations_and_questions_take_turns(model, recorder, pictures):
@@ -226,7 +233,7 @@ def test_what_fails_leaves_the_conversation_as_it_was(model, monkeypatch, pictur
         with pytest.raises(ValueError, match=r"empty|no picture|no such file"):
             chat.ask(**arguments)
 
-    for fails_at in (1, 4):
+    for fails_at in (1, 2):
         calls = 0
 
         def sometimes(self, logits, fails_at=fails_at):
@@ -239,7 +246,7 @@ def test_what_fails_leaves_the_conversation_as_it_was(model, monkeypatch, pictur
         with monkeypatch.context() as patch:
             patch.setattr(Sampler, "__call__", sometimes)
             with pytest.raises(RuntimeError, match="not finite"):
-                chat.answer("Where is the star?", pictures[1])
+                chat.answer(SECOND, pictures[1])
         assert chat.position == position
     assert chat.answer(SECOND) == expected_answer
     assert chat.position == expected.position
@@ -286,11 +293,18 @@ def test_refuses_when_the_positions_are_used_up(model, pictures):
     assert chat.position == position
     with pytest.raises(ValueError, match=r"the prompt takes \d+ positions .* has 768 .* shorten the prompt"):
         model.chat().ask(FIRST, [pictures[0]] * 60)
-    # To the last position, and no further.
-    while chat.room > 12:
-        chat.answer("Why?", max_new_tokens=chat.room, temperature=3.0, seed=1)
-    with pytest.raises(ValueError, match="positions"):
-        chat.answer("What is it? " * 3)
+
+
+def test_an_answer_to_the_last_position(text_pte):
+    model = MobileVLM(text_pte.path)
+    chat = model.chat()
+    chat.answer("one?", temperature=1.0, seed=1)
+    assert (chat.position, chat.room) == (256, 0)
+    with pytest.raises(ValueError, match=r"has used 255 of 256 positions, and this question takes \d+ "):
+        chat.ask("two?")
+    chat.reset()
+    assert chat.room == 256
+    assert chat.answer("two?", max_new_tokens=3) == model.answer(None, "two?", max_new_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +312,7 @@ def test_refuses_when_the_positions_are_used_up(model, pictures):
     [
         (
             dict(prompt="<image>?", images=2),
-            "<image> 1 times, but there are 2 pictures; put it where each picture goes",
+            "<image> 1 times, but there are 2 pictures; put it where each",
         ),
         (dict(prompt="<image><image><image>?", images=2), "3 times, but there are 2 pictures"),
         (dict(prompt="?", images=2, raw_prompt=True), "must say itself where the pictures go"),
