@@ -140,8 +140,8 @@ class MobileVLM:
         processing = self.program.require_vision()
         if not isinstance(image, Image.Image):
             image = load_image(image)
-        # The method's output lies in its planned memory, over which the next picture is written.
-        return self.program.vision_encoder(preprocess(image, processing)).clone()
+        # ExecuTorch's Python runtime has copied it out of planned memory, over which the next picture is written.
+        return self.program.vision_encoder(preprocess(image, processing))
 
     def read_question(
         self,
