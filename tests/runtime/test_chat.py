@@ -152,7 +152,7 @@ def test_two_turns_equal_the_whole_conversation_read_anew(model, recorder, pictu
     anew = list(greedy(PteProgram(model.program.path), conversation, 40))
     assert model.tokenizer.decode([token for token, _ in anew if token != EOS]) == answers[1]
     for (_, logits), (*_, kept_logits) in zip(anew, recorder.calls[-len(anew) :], strict=True):
-        # Measured: no difference at all. But kernels for one row and for many need not round alike on every CPU.
+        # Measured: 2e-6 at most of logits up to 17. Kernels for one row and for many need not round alike on every CPU.
         assert (logits - kept_logits).abs().max() <= 1e-4 * logits.abs().max()
 
 
