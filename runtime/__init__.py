@@ -4,6 +4,9 @@
 >>> model = MobileVLM("mobilevlm.pte")
 >>> for piece in model.generate("photo.jpg", "What is in the picture?"):
 ...     print(piece, end="", flush=True)
+>>> chat = model.chat()
+>>> chat.answer("What is in the picture?", "photo.jpg")
+>>> chat.answer("And where is it?")
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mvlm.runtime.chat import Chat
     from mvlm.runtime.mobilevlm import MobileVLM
     from mvlm.runtime.program import PteError, PteProgram
 
-__all__ = ["MobileVLM", "PteError", "PteProgram"]
+__all__ = ["Chat", "MobileVLM", "PteError", "PteProgram"]
 
-_MODULE_OF = {"MobileVLM": "mobilevlm", "PteError": "program", "PteProgram": "program"}
+_MODULE_OF = {"Chat": "chat", "MobileVLM": "mobilevlm", "PteError": "program", "PteProgram": "program"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +11,10 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from mvlm.runtime.chat import Chat, Context, Picture, Pictures
 from mvlm.runtime.preprocess import load_image, preprocess
 from mvlm.runtime.program import PteError, PteProgram
-from mvlm.runtime.prompt import StreamingDecoder, prompt_ids, prompt_text
+from mvlm.runtime.prompt import prompt_ids, prompt_text
 from mvlm.runtime.sampler import Sampler
 
 #: New tokens at the most when nobody says otherwise, as in the MobileVLM reference.
@@ -26,6 +28,12 @@ class MobileVLM:
         path: of the ``.pte``.
         tokenizer_path: a SentencePiece model to use in place of the one in the file.
 
+    Attributes:
+        program: the methods of the file.
+        metadata: what the file says about itself.
+        tokenizer: SentencePiece.
+        cached: whose keys and values the KV cache holds; None for nobody's.
+
     Raises:
         PteError: the file or the tokenizer cannot be used.
     """
@@ -33,6 +41,7 @@ class MobileVLM:
     def __init__(self, path: str | Path, tokenizer_path: str | Path | None = None) -> None:
         self.program = PteProgram(path)
         self.metadata = self.program.metadata
+        self.cached: Context | None = None
         try:
             model = Path(tokenizer_path).read_bytes() if tokenizer_path else self.program.tokenizer
             self.tokenizer = SentencePieceProcessor(model_proto=model)
@@ -47,7 +56,7 @@ class MobileVLM:
 
     def generate(
         self,
-        image: str | Path | Image.Image | None,
+        image: Pictures,
         prompt: str,
         *,
         max_new_tokens: int | None = None,
@@ -60,8 +69,9 @@ class MobileVLM:
         """Answers a question, piece by piece as the answer grows.
 
         Args:
-            image: a picture or its file; None for a question without one. A language model alone takes none.
-            prompt: the question. It may say where the picture goes with the file's image marker.
+            image: a picture or its file, or a sequence of them; None for a question without one. A language model alone
+                takes none.
+            prompt: the question. It may say where each picture goes with the file's image marker.
             max_new_tokens: stop after so many tokens (default 512, or what the cache has room for).
             temperature: 0 takes the likeliest token each time, more draws.
             top_k: see :class:`Sampler`.
@@ -73,17 +83,27 @@ class MobileVLM:
             Text. Joined, it is the answer, without white space at its ends.
 
         Raises:
-            ValueError: an argument is out of range, the picture cannot be read, or the prompt is too long.
+            ValueError: an argument is out of range, a picture cannot be read, or the prompt is too long.
             PteError: there is a picture, and the file is a language model alone.
         """
-        sampler = Sampler(temperature, top_k, top_p, seed)
-        embeddings = self.embed(image, prompt, raw_prompt)
-        limit = self.resolve_max_new_tokens(max_new_tokens, embeddings.shape[1])
-        return self._stream(embeddings, sampler, limit)
+        return self.chat().ask(
+            prompt,
+            image,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            raw_prompt=raw_prompt,
+        )
 
-    def answer(self, image: str | Path | Image.Image | None, prompt: str, **options: object) -> str:
+    def answer(self, image: Pictures, prompt: str, **options: object) -> str:
         """The whole answer at once; arguments as for :meth:`generate`."""
         return "".join(self.generate(image, prompt, **options))  # type: ignore[arg-type]
+
+    def chat(self) -> Chat:
+        """A new conversation, in which questions follow each other."""
+        return Chat(self)
 
     def generate_tokens(self, embeddings: Tensor, sampler: Sampler, max_new_tokens: int) -> Iterator[int]:
         """The tokens that follow a prompt, up to but without an end token.
@@ -93,58 +113,101 @@ class MobileVLM:
             sampler: chooses each token.
             max_new_tokens: at the most; ``n + max_new_tokens`` must fit the cache.
         """
-        position = 0
+        context = Context(self)
         for _ in range(max_new_tokens):
-            logits = self.program.text_decoder(embeddings, position)
-            position += embeddings.shape[1]
-            token = sampler(logits)
+            token = sampler(context.run(embeddings))
             if token in self.metadata.eos_ids:
                 return
             yield token
             embeddings = self.program.token_embedding(torch.tensor([[token]]))
 
-    def embed(self, image: str | Path | Image.Image | None, prompt: str, raw_prompt: bool = False) -> Tensor:
-        """Embeddings of the whole prompt, the picture's in their place: float32 [1, n, D].
+    def embed(self, image: Pictures, prompt: str, raw_prompt: bool = False) -> Tensor:
+        """Embeddings of the whole prompt, the pictures' in their places: float32 [1, n, D].
 
         Raises:
-            ValueError: the picture cannot be read, or the prompt is unusable or longer than the cache.
+            ValueError: a picture cannot be read, or the prompt is unusable or longer than the cache.
             PteError: there is a picture, and the file is a language model alone.
         """
-        metadata = self.metadata
-        processing = self.program.require_vision() if image is not None else None
-        text = prompt_text(metadata, prompt, image is not None, raw_prompt)
-        pieces = prompt_ids(self.tokenizer, metadata, text)
-        length = sum(len(piece) for piece in pieces) + (processing.tokens if processing else 0)
-        self.resolve_max_new_tokens(None, length)
-        parts = [self.program.token_embedding(torch.tensor([piece])) for piece in pieces if piece]
-        if image is not None and processing is not None:
-            if not isinstance(image, Image.Image):
-                image = load_image(image)
-            parts.insert(1, self.program.vision_encoder(preprocess(image, processing)))
-        return torch.cat(parts, dim=1)
+        return self.read_question(image, prompt, raw_prompt)[0]
 
-    def resolve_max_new_tokens(self, requested: int | None, prompt_length: int) -> int:
-        """How many tokens may follow a prompt of so many positions.
+    def embed_image(self, image: Picture) -> Tensor:
+        """Embeddings of a picture, float32 [1, T, D]; the caller's own, whatever is encoded next.
+
+        Raises:
+            ValueError: the picture cannot be read.
+            PteError: the file is a language model alone.
+        """
+        processing = self.program.require_vision()
+        if not isinstance(image, Image.Image):
+            image = load_image(image)
+        # ExecuTorch's Python runtime has copied it out of planned memory, over which the next picture is written.
+        return self.program.vision_encoder(preprocess(image, processing))
+
+    def read_question(
+        self,
+        images: Pictures,
+        prompt: str,
+        raw_prompt: bool,
+        max_new_tokens: int | None = None,
+        start_pos: int = 0,
+        unread: Sequence[int] = (),
+    ) -> tuple[Tensor, int]:
+        """What the language model reads of a question, and how many tokens may follow it.
+
+        Args:
+            images: the question's.
+            prompt: the question.
+            raw_prompt: take it as it is, without a template.
+            max_new_tokens: the most that is wanted; None for the default.
+            start_pos: positions of its conversation that were read before.
+            unread: ids of its conversation that were not; with none, the question opens a conversation.
+
+        Returns:
+            Embeddings float32 [1, n, D], and the limit of new tokens.
+
+        Raises:
+            ValueError: a picture cannot be read, the prompt is unusable, or there are not positions enough.
+            PteError: there are pictures, and the file is a language model alone.
+        """
+        pictures = _pictures(images)
+        image_tokens = self.program.require_vision().tokens if pictures else 0
+        text = prompt_text(self.metadata, prompt, len(pictures), raw_prompt, follows=bool(unread))
+        pieces = prompt_ids(self.tokenizer, self.metadata, text, unread or None)
+        length = sum(len(piece) for piece in pieces) + image_tokens * len(pictures)
+        limit = self.resolve_max_new_tokens(max_new_tokens, length, start_pos)
+        # A piece may be empty: of no tokens there are no embeddings.
+        parts = [[self.program.token_embedding(torch.tensor([piece]))] if piece else [] for piece in pieces]
+        for part, picture in zip(parts, pictures, strict=False):
+            part.append(self.embed_image(picture))
+        return torch.cat([embeddings for part in parts for embeddings in part], dim=1), limit
+
+    def resolve_max_new_tokens(self, requested: int | None, prompt_length: int, start_pos: int = 0) -> int:
+        """How many tokens may follow a prompt of so many positions that begins at ``start_pos``.
 
         Raises:
             ValueError: the prompt fills the cache, or fewer than 1 was requested.
         """
         if requested is not None and requested < 1:
             raise ValueError(f"max_new_tokens {requested} is not possible: 1 at least")
-        room = self.metadata.max_context_len - prompt_length
+        positions = self.metadata.max_context_len
+        room = positions - start_pos - prompt_length
+        if room < 1 and start_pos:
+            raise ValueError(
+                f"the conversation has used {start_pos} of {positions} positions, and this question takes "
+                f"{prompt_length} (pictures and template included) and its answer 1 at least; begin a new conversation "
+                "or ask something shorter"
+            )
         if room < 1:
             raise ValueError(
-                f"the prompt takes {prompt_length} positions, but the model has {self.metadata.max_context_len} and "
-                "the answer needs 1 at least; shorten the prompt"
+                f"the prompt takes {prompt_length} positions (pictures and template included), but the model has "
+                f"{positions} and the answer needs 1 at least; shorten the prompt, or export with a larger "
+                "--max-context-len"
             )
         return min(requested if requested is not None else DEFAULT_MAX_NEW_TOKENS, room)
 
-    def _stream(self, embeddings: Tensor, sampler: Sampler, limit: int) -> Iterator[str]:
-        decoder = StreamingDecoder(self.tokenizer, self.metadata.stop_strings)
-        for token in self.generate_tokens(embeddings, sampler, limit):
-            if text := decoder.push(token):
-                yield text
-            if decoder.stopped:
-                return
-        if text := decoder.finish():
-            yield text
+
+def _pictures(images: Pictures) -> Sequence[Picture]:
+    if images is None:
+        return ()
+    # A path is a sequence, too: of characters.
+    return (images,) if isinstance(images, str | os.PathLike | Image.Image) else tuple(images)

@@ -2,39 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sentencepiece import SentencePieceProcessor
 
 from mvlm.export.contract import PROMPT_PLACEHOLDER, Metadata
 
 
-def prompt_text(metadata: Metadata, question: str, has_image: bool, raw: bool) -> str:
-    """The whole prompt, image marker included.
+def prompt_text(metadata: Metadata, question: str, images: int, raw: bool, follows: bool = False) -> str:
+    """The whole text of a question, image markers included.
 
     For a language model alone no text stands for a picture: ``<image>`` in the question is text like any other.
 
+    Args:
+        metadata: of the file.
+        question: what is asked.
+        images: how many pictures go with it.
+        raw: the question is the whole text already; it is put into no template and gets no image prefix.
+        follows: others of its conversation came before it.
+
     Raises:
-        ValueError: the question is empty, or its markers and the picture do not fit each other.
+        ValueError: the question is empty or no Unicode text, or its markers and the pictures do not fit each other.
     """
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt is no Unicode text: character {error.start} is half of a surrogate pair; take it out"
+        ) from error
     if not question.strip():
         raise ValueError("the prompt is empty; ask something, such as 'Describe the image.'")
-    markers = question.count(metadata.image_marker) if metadata.image else 0
-    if markers > has_image:
+    marker = metadata.image_marker
+    markers = question.count(marker) if metadata.image else 0
+    if markers and not images:
         raise ValueError(
-            f"the prompt has {markers} {metadata.image_marker} and there {'is one picture' if has_image else 'is none'}"
+            f"the prompt contains {marker}, which stands for a picture, but no picture was given; add one or take "
+            f"{marker} out of the prompt"
         )
+    if markers and markers != images:
+        raise ValueError(
+            f"the prompt contains {marker} {markers} times, but there "
+            f"{'is 1 picture' if images == 1 else f'are {images} pictures'}; put it where each picture goes, or "
+            "nowhere: then they go before the question"
+        )
+    if raw and images and not markers:
+        raise ValueError(
+            "a raw prompt is taken as it is, so it must say itself where "
+            f"{'the picture goes' if images == 1 else 'the pictures go'}: put {marker} into it for each"
+        )
+    if not markers:
+        question = metadata.image_prefix * images + question
     if raw:
-        if has_image and not markers:
-            raise ValueError(f"a raw prompt with a picture must say where it goes: put {metadata.image_marker} in it")
         return question
-    if has_image and not markers:
-        question = metadata.image_prefix + question
-    return metadata.prompt_template.replace(PROMPT_PLACEHOLDER, question)
+    template = metadata.next_turn_template if follows else metadata.prompt_template
+    return template.replace(PROMPT_PLACEHOLDER, question)
 
 
-def prompt_ids(tokenizer: SentencePieceProcessor, metadata: Metadata, text: str) -> list[list[int]]:
-    """Token ids of the pieces around the image marker, each tokenized by itself; BOS opens the first."""
+def prompt_ids(
+    tokenizer: SentencePieceProcessor, metadata: Metadata, text: str, opening: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Token ids of the pieces around the image markers, each tokenized by itself.
+
+    Args:
+        tokenizer: of the file.
+        metadata: of the file.
+        text: of :func:`prompt_text`.
+        opening: ids before those of the first piece; BOS by default.
+    """
     pieces = [tokenizer.encode(piece) for piece in (text.split(metadata.image_marker) if metadata.image else [text])]
-    return [[metadata.bos_id, *pieces[0]], *pieces[1:]]
+    return [[*([metadata.bos_id] if opening is None else opening), *pieces[0]], *pieces[1:]]
 
 
 class StreamingDecoder:

@@ -70,7 +70,7 @@ def test_accepts_an_image_object_and_no_image(model, sample_image):
 
 
 def test_prompt_follows_the_template(model):
-    text = prompt_text(model.metadata, "What is it?", has_image=True, raw=False)
+    text = prompt_text(model.metadata, "What is it?", images=1, raw=False)
     assert text.endswith("USER: <image>\nWhat is it? ASSISTANT:")
     pieces = prompt_ids(model.tokenizer, model.metadata, text)
     assert len(pieces) == 2
@@ -81,7 +81,7 @@ def test_prompt_follows_the_template(model):
 
 
 def test_a_template_inside_the_question_stays_text(model):
-    text = prompt_text(model.metadata, "say {prompt}", has_image=False, raw=False)
+    text = prompt_text(model.metadata, "say {prompt}", images=0, raw=False)
     assert text.count("say {prompt}") == 1
 
 
@@ -89,9 +89,10 @@ def test_a_template_inside_the_question_stays_text(model):
     ("arguments", "message"),
     [
         (dict(image=None, prompt="  "), "prompt is empty"),
-        (dict(image=None, prompt="<image> what?"), "there is none"),
-        (dict(image="SAMPLE", prompt="<image> and <image>?"), "one picture"),
-        (dict(image="SAMPLE", prompt="what?", raw_prompt=True), "must say where it goes"),
+        (dict(image=None, prompt="<image> what?"), "no picture was given"),
+        (dict(image="SAMPLE", prompt="<image> and <image>?"), "<image> 2 times, but there is 1 picture;"),
+        (dict(image="SAMPLE", prompt="what?", raw_prompt=True), "must say itself where the picture goes"),
+        (dict(image=None, prompt="what\ud800?"), "character 4 is half of a surrogate pair"),
         (dict(image="SAMPLE", prompt="what?", temperature=-1), "temperature"),
         (dict(image="SAMPLE", prompt="what?", top_p=0), "top_p"),
         (dict(image="SAMPLE", prompt="what?", top_k=-2), "top_k"),
@@ -136,7 +137,7 @@ def test_a_language_model_alone_takes_no_picture(text_pte, sample_image):
 
 def test_to_a_language_model_alone_an_image_marker_is_text(text_pte):
     model = MobileVLM(text_pte.path)
-    text = prompt_text(model.metadata, "<image> and <image>", has_image=False, raw=False)
+    text = prompt_text(model.metadata, "<image> and <image>", images=0, raw=False)
     assert text == "USER: <image> and <image> ASSISTANT:"
     assert prompt_ids(model.tokenizer, model.metadata, text) == [[1, *model.tokenizer.encode(text)]]
 
