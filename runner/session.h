@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -104,8 +105,11 @@ class Session {
 
   // Begins a new conversation.
   void Reset();
-  // Positions of the conversation so far, of seq_len().
-  int64_t position() const { return position_ + static_cast<int64_t>(unread_.size()); }
+  // Positions of the conversation so far, of seq_len(): those that were run and those of unread_,
+  // for which there may be no room any more.
+  int64_t position() const {
+    return std::min(position_ + static_cast<int64_t>(unread_.size()), seq_len());
+  }
   int64_t seq_len() const { return stats_.seq_len; }
 
  private:

@@ -238,6 +238,15 @@ def test_a_conversation_that_is_full_says_so_and_can_be_reset(converse, sample_i
     assert turns[-1]["tokens"] == turns[0]["tokens"]
 
 
+def test_an_answer_may_fill_it(converse):
+    """Two ids are left that there is no position for, the last token and the end token."""
+    code, _, stderr, turns = converse("Hi", "/stats", "And?", flags=("--ignore_eos", "--max_new_tokens", 767))
+    assert code == 2
+    assert turns[0]["prompt_tokens"] + len(turns[0]["tokens"]) == 768
+    assert "768 of 768 positions used" in stderr
+    assert "error: the conversation has used" in stderr
+
+
 def test_what_is_refused_changes_nothing(converse, sample_image, other_image):
     asked = (f"/image {sample_image}", QUESTION)
     expected = converse(*asked, "What is left?")
