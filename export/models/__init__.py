@@ -9,9 +9,11 @@ from mvlm.export.models.fused_linear import FusedLinear, fused_parts, unfused
 from mvlm.export.models.mobilellama import (
     KV_CACHE_TYPES,
     KVCache,
+    LlamaKVCache,
     MobileLlama,
     MobileLlamaConfig,
     TextDecoder,
+    build_kv_cache,
     rope_tables,
 )
 from mvlm.export.models.mobilevlm import MobileVLM, MobileVLMConfig
@@ -24,11 +26,13 @@ __all__ = [
     "CLIPVisionTower",
     "FusedLinear",
     "KVCache",
+    "LlamaKVCache",
     "MobileLlama",
     "MobileLlamaConfig",
     "MobileVLM",
     "MobileVLMConfig",
     "TextDecoder",
+    "build_kv_cache",
     "build_projector",
     "fused_parts",
     "image_token_count",
