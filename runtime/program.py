@@ -26,6 +26,9 @@ from mvlm.export.contract import (
     ImageProcessing,
     Metadata,
 )
+from mvlm.export.errors import ExportError
+from mvlm.export.llama_operators import load_llama_operators
+from mvlm.export.recipe import Recipe
 
 #: Constant methods whose value is a sequence; ExecuTorch returns every element as an output of its own.
 _SEQUENCES = {"get_eos_ids", "mvlm_stop_strings", "mvlm_image_mean", "mvlm_image_std", "mvlm_image_pad_color"}
@@ -111,6 +114,7 @@ class PteProgram:
             images = ", ".join(IMAGE_CONSTANT_METHODS)
             has, lacks = (images, VISION_ENCODER) if self.metadata.image else (VISION_ENCODER, images)
             raise PteError(f"{self.path}: contradicts itself: it has {has}, but lacks {lacks}; export it again")
+        self._load_operators()
         self.tokenizer = bytes(self._execute(program, TOKENIZER, [])[0].numpy())
         self._programs: dict[str, Program] = {}
 
@@ -155,6 +159,18 @@ class PteProgram:
         if method not in self._programs:
             self._programs[method] = self._load_program()
         return self._execute(self._programs[method], method, inputs)[0]
+
+    def _load_operators(self) -> None:
+        """Loads ExecuTorch's operators for language models if the file has them in place of ours."""
+        try:
+            recipe = Recipe.from_json(self.metadata.recipe)
+        except ValueError:
+            return  # what needs the rest of the recipe will say so
+        if recipe.attention_op == "llama":
+            try:
+                load_llama_operators()
+            except ExportError as error:
+                raise PteError(f"{self.path}: {error}") from error
 
     def _load_program(self) -> Program:
         try:
