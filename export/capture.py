@@ -18,8 +18,17 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import mvlm.ops
+from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
-from mvlm.export.models import CLIPVisionTower, MobileLlama, MobileVLM, TextDecoder, build_kv_cache, rope_tables
+from mvlm.export.models import (
+    CLIPVisionTower,
+    MobileLlama,
+    MobileVLM,
+    PictureInput,
+    TextDecoder,
+    build_kv_cache,
+    rope_tables,
+)
 from mvlm.export.quantize import QuantizedCheckpoint, StackedLayer, template_layer
 from mvlm.export.recipe import Recipe
 
@@ -65,13 +74,14 @@ class CapturedMethod:
 
 
 class _VisionHead(nn.Module):
-    def __init__(self, tower: CLIPVisionTower) -> None:
+    def __init__(self, tower: CLIPVisionTower, picture_input: nn.Module) -> None:
         super().__init__()
+        self.picture_input = picture_input
         self.embeddings = tower.embeddings
         self.pre_layrnorm = tower.pre_layrnorm
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_1LV = self.pre_layrnorm(self.embeddings(pixel_values))
+    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_1LV = self.pre_layrnorm(self.embeddings(self.picture_input(picture)))
         return hidden_1LV, torch.zeros_like(hidden_1LV)
 
 
@@ -85,15 +95,19 @@ class _VisionTail(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """pixel_values [1, 3, S, S] to image embeddings [1, T, D]: the method ``vision_encoder`` as a whole."""
+    """pixel_values [1, 3, S, S], or what ``picture_input`` makes them of, to image embeddings [1, T, D].
 
-    def __init__(self, model: MobileVLM) -> None:
+    The method ``vision_encoder`` as a whole.
+    """
+
+    def __init__(self, model: MobileVLM, picture_input: nn.Module) -> None:
         super().__init__()
+        self.picture_input = picture_input
         self.vision_tower = model.vision_tower
         self.mm_projector = model.mm_projector
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.mm_projector(self.vision_tower(pixel_values))
+    def forward(self, picture: Tensor) -> Tensor:
+        return self.mm_projector(self.vision_tower(self.picture_input(picture)))
 
 
 class TokenEmbedding(nn.Module):
@@ -154,10 +168,28 @@ def _num_tokens(max_seq_len: int) -> Dim:
     return Dim("num_tokens", min=1, max=max_seq_len)
 
 
-def capture_vision_encoder(model: MobileVLM) -> ExportedProgram:
+def _export_with_picture(module: nn.Module, picture_input: nn.Module, size: int) -> ExportedProgram:
+    """Captures a module that begins with ``picture_input``."""
+    if not isinstance(picture_input, PictureInput):
+        return _export(module, (torch.zeros(1, 3, size, size),))
+    shape = {1: Dim("height", min=1, max=size), 2: Dim("width", min=1, max=size)}
+    # Sides that are not equal, lest they are taken for one.
+    example = torch.zeros(3, size // 2, size // 2 + 1, dtype=torch.uint8)
+    return _export(module, (example,), {"picture": shape})
+
+
+def capture_vision_encoder(model: MobileVLM, picture_input: nn.Module | None = None) -> ExportedProgram:
     """The method as a whole."""
-    size = model.config.vision.image_size
-    return _export(VisionEncoder(model), (torch.zeros(1, 3, size, size),))
+    picture_input = picture_input or nn.Identity()
+    return _export_with_picture(VisionEncoder(model, picture_input), picture_input, model.config.vision.image_size)
+
+
+def picture_input_of(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
+    """What a file's vision encoder begins with: ExecuTorch's own programs hand pictures over as bytes."""
+    if recipe.attention_op != "llama":
+        return nn.Identity()
+    processing = checkpoint.preprocessing
+    return PictureInput(checkpoint.config.vision.image_size, processing.mean, processing.std, processing.pad_color)
 
 
 def capture_token_embedding(model: MobileVLM, recipe: Recipe) -> ExportedProgram:
@@ -192,12 +224,13 @@ def _layer_piece(
 
 def _vision_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
     model, config = quantized.model, quantized.model.config.vision
-    pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+    picture_input = picture_input_of(quantized.checkpoint, quantized.recipe)
+    head = _export_with_picture(_VisionHead(model.vision_tower, picture_input), picture_input, config.image_size)
     # Two tensors: one given twice would be captured as one argument.
     shape = (1, config.num_patches + 1, config.hidden_size)
     stream = (torch.zeros(shape), torch.zeros(shape))
     names = ("hidden", "branch")
-    pieces = [Piece("vision_head", _export(_VisionHead(model.vision_tower), (pixels,)), ("pixel_values",), names)]
+    pieces = [Piece("vision_head", head, ("pixel_values",), names)]
     stack = "vision_tower.encoder.layers"
     if stack in quantized.stacks:
         pieces.append(_layer_piece(quantized, stack, lambda layer: layer, stream, None, names, ""))

@@ -17,6 +17,7 @@ from mvlm.export.models.mobilellama import (
     rope_tables,
 )
 from mvlm.export.models.mobilevlm import MobileVLM, MobileVLMConfig
+from mvlm.export.models.picture import PictureInput
 from mvlm.export.models.projector import PROJECTOR_TYPES, build_projector, image_token_count
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "MobileLlamaConfig",
     "MobileVLM",
     "MobileVLMConfig",
+    "PictureInput",
     "TextDecoder",
     "build_kv_cache",
     "build_projector",
