@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import mvlm.ops
-from mvlm.export.checkpoint import Checkpoint
+from mvlm.export.checkpoint.configs import ImagePreprocessing
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from mvlm.export.models import (
     CLIPVisionTower,
@@ -178,18 +178,19 @@ def _export_with_picture(module: nn.Module, picture_input: nn.Module, size: int)
     return _export(module, (example,), {"picture": shape})
 
 
-def capture_vision_encoder(model: MobileVLM, picture_input: nn.Module | None = None) -> ExportedProgram:
-    """The method as a whole."""
-    picture_input = picture_input or nn.Identity()
-    return _export_with_picture(VisionEncoder(model, picture_input), picture_input, model.config.vision.image_size)
-
-
-def picture_input_of(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
-    """What a file's vision encoder begins with: ExecuTorch's own programs hand pictures over as bytes."""
+def _picture_input(size: int, preprocessing: ImagePreprocessing, recipe: Recipe) -> nn.Module:
+    """What the vision encoder begins with: ExecuTorch's own programs hand pictures over as bytes."""
     if recipe.attention_op != "llama":
         return nn.Identity()
-    processing = checkpoint.preprocessing
-    return PictureInput(checkpoint.config.vision.image_size, processing.mean, processing.std, processing.pad_color)
+    return PictureInput(size, preprocessing.mean, preprocessing.std, preprocessing.pad_color)
+
+
+def capture_vision_encoder(model: MobileVLM, preprocessing: ImagePreprocessing, recipe: Recipe) -> ExportedProgram:
+    """The method as a whole."""
+    size = model.config.vision.image_size
+    picture_input = _picture_input(size, preprocessing, recipe)
+    with _operators(recipe):
+        return _export_with_picture(VisionEncoder(model, picture_input), picture_input, size)
 
 
 def capture_token_embedding(model: MobileVLM, recipe: Recipe) -> ExportedProgram:
@@ -224,7 +225,7 @@ def _layer_piece(
 
 def _vision_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
     model, config = quantized.model, quantized.model.config.vision
-    picture_input = picture_input_of(quantized.checkpoint, quantized.recipe)
+    picture_input = _picture_input(config.image_size, quantized.checkpoint.preprocessing, quantized.recipe)
     head = _export_with_picture(_VisionHead(model.vision_tower, picture_input), picture_input, config.image_size)
     # Two tensors: one given twice would be captured as one argument.
     shape = (1, config.num_patches + 1, config.hidden_size)

@@ -24,6 +24,7 @@ from sentencepiece import SentencePieceProcessor
 import mvlm.ops
 from mvlm.export.contract import PROMPT_PLACEHOLDER, ImageProcessing, Metadata
 from mvlm.export.demo.world import draw, questions, sample_scene
+from mvlm.export.errors import ExportError
 from mvlm.export.inspect import inspect_pte
 from mvlm.runtime import PteError, PteProgram
 from mvlm.runtime.preprocess import load_image, pad_to_square, preprocess
@@ -252,6 +253,15 @@ def test_stock_decoder_takes_every_length(stock_pte, length):
 def test_llava_main_refuses_stock_file(run_pte, stock_pte):
     """It has no kernel of ``llama::update_cache``; ExecuTorch gives it to apps and to Python, not to C++ programs."""
     check_refused(run_pte(model_path=stock_pte), str(stock_pte))
+
+
+def test_operators_that_are_not_there(stock_pte, monkeypatch):
+    def refuse() -> None:
+        raise ExportError("cannot be loaded: no such file")
+
+    monkeypatch.setattr("mvlm.runtime.program.load_llama_operators", refuse)
+    with pytest.raises(PteError, match=r"stock\.pte: cannot be loaded: no such file"):
+        PteProgram(stock_pte)
 
 
 # -- README -----------------------------------------------------------------------------------------------------------
