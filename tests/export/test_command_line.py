@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from random_checkpoint import RandomCheckpoint, Sizes
@@ -36,6 +37,7 @@ FLAGS = (
     "--embedding-bits",
     "--vision",
     "--max-context-len",
+    "--attention-op",
     "--with-artifacts",
     "--report",
     "--force",
@@ -310,7 +312,7 @@ def test_operators_of_executorch_that_are_not_there(capsys, monkeypatch, tmp_pat
     def refuse(name: str) -> None:
         raise OSError("libcustom_ops_aot_lib.so: cannot open shared object file")
 
-    monkeypatch.setattr("mvlm.export.llama_operators.importlib.import_module", refuse)
+    monkeypatch.setattr("mvlm.export.llama_operators.importlib", SimpleNamespace(import_module=refuse))
     monkeypatch.setattr(pipeline, "quantize_checkpoint", lambda *_: pytest.fail("went on with it"))
     error = input_error(["--attention-op", "llama", "--pte-name", str(tmp_path / "x.pte")], capsys)
     assert "executorch.extension.llm.custom_ops) cannot be loaded: libcustom_ops_aot_lib.so" in error

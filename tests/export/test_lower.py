@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
@@ -212,6 +213,8 @@ def test_little_is_left_without_our_operators(captured_for_executorch, projector
     """And what XNNPACK got is, byte for byte, what it gets with all of its passes."""
     methods = captured_for_executorch[projector]
     [(method, piece)] = [(method, piece) for method in methods for piece in method.pieces if piece.name == name]
+    # A folded weight is lost to whoever lowers the program a second time.
+    again = copy.deepcopy(piece.program)
     quick, delegation = lower_program(method.name, piece.program)
     allowed = {
         "vision_head": {"aten.native_layer_norm", "aten.constant_pad_nd", "aten.sym_size", "aten.unsqueeze_copy"}
@@ -224,7 +227,7 @@ def test_little_is_left_without_our_operators(captured_for_executorch, projector
         "text_tail": {"aten.slice_copy", "aten.mean"},
     }
     assert set(delegation.left) <= allowed[name]
-    slow, slow_delegation = lower_slowly(method.name, piece.program)
+    slow, slow_delegation = lower_slowly(method.name, again)
     assert slow_delegation == delegation
     assert serialized(method.name, slow) == serialized(method.name, quick)
 
