@@ -16,6 +16,7 @@ from mvlm.export.errors import ExportError
 from mvlm.export.files import check_writable
 from mvlm.export.progress import Progress, quiet_libraries
 from mvlm.export.recipe import (
+    ATTENTION_OPS,
     EMBEDDING_BITS,
     GROUP_SIZES,
     KV_CACHES,
@@ -38,6 +39,7 @@ RECIPE_FLAGS = (
     "kv_cache",
     "max_context_len",
     "prefill_chunk",
+    "attention_op",
 )
 
 EPILOG = """\
@@ -122,6 +124,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         f"(default: {defaults.prefill_chunk}; a picture's at least)",
     )
     parser.add_argument(
+        "--attention-op",
+        choices=ATTENTION_OPS,
+        help="mvlm: our operators, for llava_main and mvlm.runtime; llama: ExecuTorch's attention and none of our "
+        "operators, for ExecuTorch's own programs, slower and with an fp32 KV cache (default: mvlm)",
+    )
+    parser.add_argument(
         "--with-artifacts",
         action="store_true",
         help="also write tokenizer.model, the metadata as JSON and the sample picture beside the .pte",
@@ -144,6 +152,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def recipe_of(options: argparse.Namespace) -> Recipe:
     """The named recipe with the flags that were given put over it."""
     given = {name: getattr(options, name) for name in RECIPE_FLAGS if getattr(options, name) is not None}
+    if given.get("attention_op") == "llama":
+        given.setdefault("kv_cache", "fp32")
     return replace(RECIPES[options.recipe](), **given)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
 from executorch.exir._serialize.data_serializer import DataEntry
@@ -31,6 +32,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from mvlm.export.capture import CapturedMethod, Piece
 from mvlm.export.errors import ExportError
@@ -154,9 +156,12 @@ class _MethodBuilder:
         self.templates = [_Template.of(piece) for piece in method.pieces]
         first = method.pieces[0].program
         self.fake_mode = next(node.meta["val"].fake_mode for node in first.graph.nodes if node.op == "placeholder")
-        # Every piece has at most one symbol, the number of tokens, each in an environment of its own. Those of the
-        # first piece stand for all.
+        # Every piece has at most one symbol that comes from the method's arguments, the number of tokens, each in an
+        # environment of its own. Those of the first piece stand for all.
         self.range_constraints = dict(first.range_constraints)
+        self.arguments_symbols = list(first.range_constraints)
+        # Symbols that the copy of a piece makes itself of a tensor's value: the piece's -> this program's.
+        self.unbacked: dict[sympy.Symbol, sympy.Symbol] = {}
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.state: dict[str, Tensor] = {}
@@ -178,20 +183,27 @@ class _MethodBuilder:
         for name in self.method.inputs:
             self._add_argument(name)
         for (template, layer, name), known in zip(uses, lifted, strict=True):
+            self.unbacked = {}
             self._copy_body(template, layer, name, dict(known))
         return self._finish()
 
     def _convert(self, template: _Template, value: Any) -> Any:
         """A value of a template's node, in the method's fake mode and with its symbol."""
-        symbols = list(template.piece.program.range_constraints)
-        ours = list(self.range_constraints)
-        renamed = dict(zip(symbols, ours, strict=bool(symbols)))
+        ranges = template.piece.program.range_constraints
+        symbols = [symbol for symbol in ranges if not symbol_is_type(symbol, SymT.UNBACKED_INT)]
+        renamed = dict(zip(symbols, self.arguments_symbols, strict=bool(symbols)))
+        environment = self.fake_mode.shape_env
 
         def convert_int(size: int | torch.SymInt) -> int | torch.SymInt:
             if not isinstance(size, torch.SymInt):
                 return size
-            expression = size.node.expr.xreplace(renamed)
-            return self.fake_mode.shape_env.create_symintnode(expression, hint=size.node.hint)
+            for symbol in size.node.expr.free_symbols - renamed.keys() - self.unbacked.keys():
+                with environment.ignore_fresh_unbacked_symbols():
+                    self.unbacked[symbol] = environment.create_unbacked_symint().node.expr
+                if symbol in ranges:
+                    self.range_constraints[self.unbacked[symbol]] = ranges[symbol]
+            expression = size.node.expr.xreplace(renamed | self.unbacked)
+            return environment.create_symintnode(expression, hint=size.node.maybe_as_int())
 
         def convert(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
@@ -207,6 +219,9 @@ class _MethodBuilder:
         new.meta = {key: value for key, value in node.meta.items() if key != "spec"}
         if "val" in node.meta:
             new.meta["val"] = self._convert(template, node.meta["val"])
+        if "unbacked_bindings" in node.meta:
+            bindings = node.meta["unbacked_bindings"].items()
+            new.meta["unbacked_bindings"] = {self.unbacked[symbol]: path for symbol, path in bindings}
 
     def _lift(
         self, template: _Template, layer: StackedLayer | None, name: str, shared: dict[fx.Node, fx.Node]

@@ -8,15 +8,27 @@ it into the chain as there are. So capturing and lowering take as long for 32 la
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+import mvlm.ops
+from mvlm.export.checkpoint.configs import ImagePreprocessing
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
-from mvlm.export.models import CLIPVisionTower, KVCache, MobileLlama, MobileVLM, TextDecoder, rope_tables
+from mvlm.export.models import (
+    CLIPVisionTower,
+    MobileLlama,
+    MobileVLM,
+    PictureInput,
+    TextDecoder,
+    build_kv_cache,
+    rope_tables,
+)
 from mvlm.export.quantize import QuantizedCheckpoint, StackedLayer, template_layer
 from mvlm.export.recipe import Recipe
 
@@ -62,13 +74,14 @@ class CapturedMethod:
 
 
 class _VisionHead(nn.Module):
-    def __init__(self, tower: CLIPVisionTower) -> None:
+    def __init__(self, tower: CLIPVisionTower, picture_input: nn.Module) -> None:
         super().__init__()
+        self.picture_input = picture_input
         self.embeddings = tower.embeddings
         self.pre_layrnorm = tower.pre_layrnorm
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_1LV = self.pre_layrnorm(self.embeddings(pixel_values))
+    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_1LV = self.pre_layrnorm(self.embeddings(self.picture_input(picture)))
         return hidden_1LV, torch.zeros_like(hidden_1LV)
 
 
@@ -82,15 +95,19 @@ class _VisionTail(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """pixel_values [1, 3, S, S] to image embeddings [1, T, D]: the method ``vision_encoder`` as a whole."""
+    """pixel_values [1, 3, S, S], or what ``picture_input`` makes them of, to image embeddings [1, T, D].
 
-    def __init__(self, model: MobileVLM) -> None:
+    The method ``vision_encoder`` as a whole.
+    """
+
+    def __init__(self, model: MobileVLM, picture_input: nn.Module) -> None:
         super().__init__()
+        self.picture_input = picture_input
         self.vision_tower = model.vision_tower
         self.mm_projector = model.mm_projector
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.mm_projector(self.vision_tower(pixel_values))
+    def forward(self, picture: Tensor) -> Tensor:
+        return self.mm_projector(self.vision_tower(self.picture_input(picture)))
 
 
 class TokenEmbedding(nn.Module):
@@ -110,7 +127,7 @@ class _TextHead(nn.Module):
 
 
 class _TextLayer(nn.Module):
-    def __init__(self, layer: nn.Module, cache: KVCache, rope: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, layer: nn.Module, cache: nn.Module, rope: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self.layer = layer
         self.cache = cache
@@ -136,14 +153,44 @@ def _export(module: nn.Module, arguments: tuple[Tensor, ...], dynamic_shapes: An
         return torch.export.export(module.eval(), arguments, dynamic_shapes=dynamic_shapes, strict=False)
 
 
+def _fold_weights(program: ExportedProgram) -> ExportedProgram:
+    """Computes ahead what is made of weights alone; XNNPACK takes a convolution only if its weight is a constant."""
+    quantized = {torch.ops.export.access_subclass_inner_tensor.default, torch.ops.torchao.dequantize_affine.default}
+    return constant_prop_pass(program, quantized)
+
+
+def _operators(recipe: Recipe) -> AbstractContextManager[Any]:
+    """In it, what is captured has our operators or, if the recipe wants none of them, what they are made of."""
+    return mvlm.ops.References() if recipe.attention_op == "llama" else nullcontext()
+
+
 def _num_tokens(max_seq_len: int) -> Dim:
     return Dim("num_tokens", min=1, max=max_seq_len)
 
 
-def capture_vision_encoder(model: MobileVLM) -> ExportedProgram:
+def _export_with_picture(module: nn.Module, picture_input: nn.Module, size: int) -> ExportedProgram:
+    """Captures a module that begins with ``picture_input``."""
+    if not isinstance(picture_input, PictureInput):
+        return _export(module, (torch.zeros(1, 3, size, size),))
+    shape = {1: Dim("height", min=1, max=size), 2: Dim("width", min=1, max=size)}
+    # Sides that are not equal, lest they are taken for one.
+    example = torch.zeros(3, size // 2, size // 2 + 1, dtype=torch.uint8)
+    return _export(module, (example,), {"picture": shape})
+
+
+def _picture_input(size: int, preprocessing: ImagePreprocessing, recipe: Recipe) -> nn.Module:
+    """What the vision encoder begins with: ExecuTorch's own programs hand pictures over as bytes."""
+    if recipe.attention_op != "llama":
+        return nn.Identity()
+    return PictureInput(size, preprocessing.mean, preprocessing.std, preprocessing.pad_color)
+
+
+def capture_vision_encoder(model: MobileVLM, preprocessing: ImagePreprocessing, recipe: Recipe) -> ExportedProgram:
     """The method as a whole."""
     size = model.config.vision.image_size
-    return _export(VisionEncoder(model), (torch.zeros(1, 3, size, size),))
+    picture_input = _picture_input(size, preprocessing, recipe)
+    with _operators(recipe):
+        return _export_with_picture(VisionEncoder(model, picture_input), picture_input, size)
 
 
 def capture_token_embedding(model: MobileVLM, recipe: Recipe) -> ExportedProgram:
@@ -156,8 +203,9 @@ def capture_text_decoder(model: MobileVLM, recipe: Recipe) -> ExportedProgram:
     """The method as a whole."""
     arguments = (torch.zeros(1, 2, model.config.text.hidden_size), torch.zeros(1, dtype=torch.int64))
     shapes = {"embeddings_1LD": {1: _num_tokens(recipe.max_seq_len(model.config))}, "start_pos": None}
-    decoder = TextDecoder(model.language_model, recipe.max_context_len, recipe.kv_cache)
-    return _export(decoder, arguments, shapes)
+    decoder = TextDecoder(model.language_model, recipe.max_context_len, recipe.kv_cache, recipe.attention_op)
+    with _operators(recipe):
+        return _export(decoder, arguments, shapes)
 
 
 def _layer_piece(
@@ -177,16 +225,20 @@ def _layer_piece(
 
 def _vision_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
     model, config = quantized.model, quantized.model.config.vision
-    pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+    picture_input = _picture_input(config.image_size, quantized.checkpoint.preprocessing, quantized.recipe)
+    head = _export_with_picture(_VisionHead(model.vision_tower, picture_input), picture_input, config.image_size)
     # Two tensors: one given twice would be captured as one argument.
     shape = (1, config.num_patches + 1, config.hidden_size)
     stream = (torch.zeros(shape), torch.zeros(shape))
     names = ("hidden", "branch")
-    pieces = [Piece("vision_head", _export(_VisionHead(model.vision_tower), (pixels,)), ("pixel_values",), names)]
+    pieces = [Piece("vision_head", head, ("pixel_values",), names)]
     stack = "vision_tower.encoder.layers"
     if stack in quantized.stacks:
         pieces.append(_layer_piece(quantized, stack, lambda layer: layer, stream, None, names, ""))
-    pieces.append(Piece("vision_tail", _export(_VisionTail(model), stream), names, ("image_embeddings",)))
+    tail = _export(_VisionTail(model), stream)
+    if quantized.recipe.attention_op == "llama":
+        tail = _fold_weights(tail)
+    pieces.append(Piece("vision_tail", tail, names, ("image_embeddings",)))
     return tuple(pieces)
 
 
@@ -198,10 +250,11 @@ def _text_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
     dynamic = {"hidden_1LD": {1: num_tokens}, "branch_1LD": {1: num_tokens}}
     head = _export(_TextHead(), stream[:1], {"hidden_1LD": {1: num_tokens}})
     rope = rope_tables(config.head_dim, recipe.max_context_len, config.rope_theta)
+    cache = build_kv_cache(config, recipe.max_context_len, recipe.kv_cache, recipe.attention_op)
     layer = _layer_piece(
         quantized,
         "language_model.layers",
-        lambda layer: _TextLayer(layer, KVCache(config, recipe.max_context_len, recipe.kv_cache), rope),
+        lambda layer: _TextLayer(layer, cache, rope),
         (*stream, start_pos),
         dynamic | {"start_pos": None},
         ("hidden", "branch", "start_pos"),
@@ -217,14 +270,14 @@ def _text_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
 
 def capture(quantized: QuantizedCheckpoint) -> tuple[CapturedMethod, ...]:
     """All methods in pieces; the number of tokens is dynamic, 1 .. ``recipe.max_seq_len()``."""
-    methods = []
-    if quantized.model.config.vision is not None:
-        methods.append(CapturedMethod(VISION_ENCODER, _vision_pieces(quantized), ("pixel_values",), "image_embeddings"))
-    embedding = capture_token_embedding(quantized.model, quantized.recipe)
-    methods.append(
-        CapturedMethod(
-            TOKEN_EMBEDDING, (Piece("token_embedding", embedding, ("ids",), ("embeddings",)),), ("ids",), "embeddings"
+    with _operators(quantized.recipe):
+        methods = []
+        if quantized.model.config.vision is not None:
+            vision = _vision_pieces(quantized)
+            methods.append(CapturedMethod(VISION_ENCODER, vision, ("pixel_values",), "image_embeddings"))
+        embedding = Piece(
+            "token_embedding", capture_token_embedding(quantized.model, quantized.recipe), ("ids",), ("embeddings",)
         )
-    )
-    methods.append(CapturedMethod(TEXT_DECODER, _text_pieces(quantized), ("hidden", "start_pos"), "logits"))
-    return tuple(methods)
+        methods.append(CapturedMethod(TOKEN_EMBEDDING, (embedding,), ("ids",), "embeddings"))
+        methods.append(CapturedMethod(TEXT_DECODER, _text_pieces(quantized), ("hidden", "start_pos"), "logits"))
+        return tuple(methods)

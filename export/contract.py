@@ -22,6 +22,8 @@ from typing import Any
 #: Version of this contract; a reader refuses a file with another one.
 FORMAT_VERSION = 3
 
+#: Takes pixel_values float32 [1, 3, S, S]; in a file made with ``--attention-op llama`` the picture itself, uint8
+#: [3, H, W] with sides up to S, as ExecuTorch's own programs hand it over.
 VISION_ENCODER = "vision_encoder"
 TOKEN_EMBEDDING = "token_embedding"
 TEXT_DECODER = "text_decoder"

@@ -24,6 +24,7 @@ from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.exir.backend.partitioner import PartitionResult
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.passes.quant_fusion_pass import quant_fusion_and_const_prop_pass
+from executorch.exir.passes.remove_graph_asserts_pass import RemoveGraphAssertsPass
 from torch.export import ExportedProgram
 
 from mvlm.export.assemble import assemble
@@ -195,6 +196,8 @@ def lower_program(method: str, program: ExportedProgram) -> tuple[ExportedProgra
             partitioner={method: partitioners},
             compile_config=EDGE_COMPILE_CONFIG,
         ).exported_program(method)
+    # They hold bounds that were found for the example's number of tokens; kernels check what they are given.
+    RemoveGraphAssertsPass()(edge.graph_module)
     left = _operators_left(edge.graph.nodes)
     if partitioners:
         quantized, float32 = partitioners

@@ -11,6 +11,7 @@ from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.contract import Metadata
 from mvlm.export.errors import ExportError
 from mvlm.export.files import check_writable
+from mvlm.export.llama_operators import load_llama_operators
 from mvlm.export.lower import delegation_table, lower
 from mvlm.export.package import constant_methods, describe, program_id, write_pte
 from mvlm.export.progress import Progress
@@ -66,6 +67,8 @@ def export_checkpoint(
     if report_path is not None:
         check_report_path(report_path)
     _check_context_len(checkpoint, recipe)
+    if recipe.attention_op == "llama":
+        load_llama_operators()
     estimated = preflight.estimate(checkpoint, recipe)
     progress.say(f"{checkpoint.name}, recipe {recipe.name}: {estimated}")
     if not force:

@@ -18,6 +18,7 @@ LM_HEAD_BITS = (4, 8)
 EMBEDDING_BITS = (4, 8, 32)
 VISION_WEIGHTS = ("int4", "int8", "fp32")
 KV_CACHES = ("fp32", "fp16", "int8")
+ATTENTION_OPS = ("mvlm", "llama")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Recipe:
         max_context_len: positions of the KV cache: prompt, picture and answer together.
         prefill_chunk: tokens that the language model reads at once; a longer prompt is read in several steps. Memory
             for activations grows with it.
+        attention_op: ``mvlm`` for our fused operators; ``llama`` for ExecuTorch's attention and none of ours, so that
+            programs without our kernels run the file. ExecuTorch's keeps keys and values in float32.
     """
 
     name: str = "mobile"
@@ -48,6 +51,7 @@ class Recipe:
     kv_cache: str = "int8"
     max_context_len: int = 768
     prefill_chunk: int = 256
+    attention_op: str = "mvlm"
 
     def __post_init__(self) -> None:
         for what, value, allowed in (
@@ -57,9 +61,15 @@ class Recipe:
             ("bits of the embedding", self.embedding_bits, EMBEDDING_BITS),
             ("vision weights", self.vision, VISION_WEIGHTS),
             ("KV cache", self.kv_cache, KV_CACHES),
+            ("attention operator", self.attention_op, ATTENTION_OPS),
         ):
             if value not in allowed:
                 raise ExportError(f"{what}: {value!r} is not possible; choose one of {', '.join(map(str, allowed))}")
+        if self.attention_op == "llama" and self.kv_cache != "fp32":
+            raise ExportError(
+                f"KV cache {self.kv_cache} is not possible with attention operator llama: ExecuTorch's own attention "
+                "reads float32; choose fp32, or attention operator mvlm"
+            )
         if self.max_context_len < 2:
             raise ExportError(
                 f"max context length {self.max_context_len} is too short: a prompt and an answer need 2 at least"

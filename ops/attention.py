@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .definition import make_differentiable, require
+from .definition import add_reference, make_differentiable, require
 from .packed_qkv import check_out, check_scale, check_tensor, split_heads
 
 _OPERATOR = "attention"
@@ -60,9 +60,10 @@ def _check(qkv: torch.Tensor, heads: int, scale: float | None) -> int:
 def _eager(qkv: torch.Tensor, heads: int, *, scale: float | None = None) -> torch.Tensor:
     """The reference: what the operator means, without any thought of speed."""
     head_dim = _check(qkv, heads, scale)
-    q, k, v = (part.transpose(1, 2) for part in split_heads(qkv, heads, heads, head_dim))
-    scores = q @ k.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)  # [B, heads, n, n]
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2).contiguous()
+    # [B * heads, n, head_dim], for torch.bmm, which is captured as it is; a product of four dimensions makes copies.
+    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in split_heads(qkv, heads, heads, head_dim))
+    scores = torch.bmm(q, k.transpose(1, 2)) * (head_dim**-0.5 if scale is None else scale)  # [B * heads, n, n]
+    return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, (-1, heads)).transpose(1, 2).flatten(2).contiguous()
 
 
 def _eager_out(qkv: torch.Tensor, heads: int, *, scale: float | None = None, out: torch.Tensor) -> torch.Tensor:
@@ -86,3 +87,4 @@ _library.impl(f"{_OPERATOR}.out", _eager_out, "CompositeExplicitAutograd")
 torch.library.register_fake(f"mvlm::{_OPERATOR}", _fake, lib=_library)
 torch.library.register_fake(f"mvlm::{_OPERATOR}.out", _fake_out, lib=_library)
 make_differentiable(_OPERATOR, _eager)
+add_reference(_OPERATOR, _eager)

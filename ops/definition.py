@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+#: Operators that a :class:`References` mode replaces, by what it calls in their place.
+_references: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 #: Kept for the life of the process: the operators go away with it.
 _library = torch.library.Library("mvlm", "FRAGMENT")
@@ -51,6 +56,22 @@ def make_differentiable(operator: str, eager: Callable[..., torch.Tensor | tuple
         return tuple(found.get(index) for index in range(len(inputs)))
 
     torch.library.register_autograd(f"mvlm::{operator}", backward, setup_context=remember, lib=_library)
+
+
+class References(TorchFunctionMode):
+    """While it is active, calls of the operators without state run their eager references instead.
+
+    What ``torch.export`` captures in it holds torch's own operators in place of ours, for programs that run where our
+    kernels are not.
+    """
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        return _references.get(function, function)(*arguments, **(keywords or {}))
+
+
+def add_reference(operator: str, eager: Callable[..., Any]) -> None:
+    """Makes :class:`References` know ``mvlm::<operator>``."""
+    _references[getattr(torch.ops.mvlm, operator)] = eager
 
 
 def define(
@@ -115,3 +136,4 @@ def define(
     torch.library.register_fake(f"mvlm::{operator}", fake, lib=_library)
     torch.library.register_fake(f"mvlm::{operator}.out", fake_out, lib=_library)
     make_differentiable(operator, eager)
+    add_reference(operator, checked_eager)

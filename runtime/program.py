@@ -26,9 +26,15 @@ from mvlm.export.contract import (
     ImageProcessing,
     Metadata,
 )
+from mvlm.export.errors import ExportError
+from mvlm.export.llama_operators import load_llama_operators
+from mvlm.export.recipe import Recipe
 
 #: Constant methods whose value is a sequence; ExecuTorch returns every element as an output of its own.
 _SEQUENCES = {"get_eos_ids", "mvlm_stop_strings", "mvlm_image_mean", "mvlm_image_std", "mvlm_image_pad_color"}
+
+#: ExecuTorch's ScalarType of uint8.
+_BYTE = 0
 
 #: "ET" and the version at byte 4 of the flatbuffer, "eh00" of the extended header at byte 8; the header's length at
 #: byte 12 and its fields after it, little-endian 64-bit. From ExecuTorch's documentation of the PTE file format.
@@ -111,16 +117,26 @@ class PteProgram:
             images = ", ".join(IMAGE_CONSTANT_METHODS)
             has, lacks = (images, VISION_ENCODER) if self.metadata.image else (VISION_ENCODER, images)
             raise PteError(f"{self.path}: contradicts itself: it has {has}, but lacks {lacks}; export it again")
+        # Of files for ExecuTorch's own programs, vision_encoder takes the picture itself, uint8 [3, H, W].
+        self._takes_bytes = False
+        if self.metadata.image is not None:
+            meta = program.metadata(VISION_ENCODER)
+            self._takes_bytes = meta.num_inputs() > 0 and meta.input_tensor_meta(0).dtype() == _BYTE
+        self._load_operators()
         self.tokenizer = bytes(self._execute(program, TOKENIZER, [])[0].numpy())
         self._programs: dict[str, Program] = {}
 
     def vision_encoder(self, pixel_values: Tensor) -> Tensor:
-        """Image embeddings float32 [1, T, D] of pixels float32 [1, 3, S, S].
+        """Image embeddings float32 [1, T, D] of pixels float32 [1, 3, S, S], as :func:`preprocess` makes them.
 
         Raises:
             PteError: the file is a language model alone.
         """
-        self.require_vision()
+        processing = self.require_vision()
+        if self._takes_bytes:
+            # Made of bytes, they can be made bytes again without loss.
+            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processing.mean, processing.std))
+            return self._run(VISION_ENCODER, [((pixel_values[0] * std + mean) * 255).round().to(torch.uint8)])
         return self._run(VISION_ENCODER, [pixel_values])
 
     def require_vision(self) -> ImageProcessing:
@@ -155,6 +171,18 @@ class PteProgram:
         if method not in self._programs:
             self._programs[method] = self._load_program()
         return self._execute(self._programs[method], method, inputs)[0]
+
+    def _load_operators(self) -> None:
+        """Loads ExecuTorch's operators for language models if the file has them in place of ours."""
+        try:
+            recipe = Recipe.from_json(self.metadata.recipe)
+        except ValueError:
+            return  # what needs the rest of the recipe will say so
+        if recipe.attention_op == "llama":
+            try:
+                load_llama_operators()
+            except ExportError as error:
+                raise PteError(f"{self.path}: {error}") from error
 
     def _load_program(self) -> Program:
         try:

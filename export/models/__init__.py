@@ -9,12 +9,15 @@ from mvlm.export.models.fused_linear import FusedLinear, fused_parts, unfused
 from mvlm.export.models.mobilellama import (
     KV_CACHE_TYPES,
     KVCache,
+    LlamaKVCache,
     MobileLlama,
     MobileLlamaConfig,
     TextDecoder,
+    build_kv_cache,
     rope_tables,
 )
 from mvlm.export.models.mobilevlm import MobileVLM, MobileVLMConfig
+from mvlm.export.models.picture import PictureInput
 from mvlm.export.models.projector import PROJECTOR_TYPES, build_projector, image_token_count
 
 __all__ = [
@@ -24,11 +27,14 @@ __all__ = [
     "CLIPVisionTower",
     "FusedLinear",
     "KVCache",
+    "LlamaKVCache",
     "MobileLlama",
     "MobileLlamaConfig",
     "MobileVLM",
     "MobileVLMConfig",
+    "PictureInput",
     "TextDecoder",
+    "build_kv_cache",
     "build_projector",
     "fused_parts",
     "image_token_count",

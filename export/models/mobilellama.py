@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mvlm.ops
+from mvlm.export.llama_operators import load_llama_operators
 from mvlm.export.models.fused_linear import FusedLinear
 from mvlm.export.models.norms import RMSNorm
 
@@ -114,6 +115,49 @@ class KVCache(nn.Module):
                 self.num_heads,
             )
         return mvlm.ops.sdpa_with_kv_cache(qkv_1LP, self.key, self.value, cos_CR, sin_CR, start_pos, self.num_heads)
+
+
+class LlamaKVCache(nn.Module):
+    """The same by the operators that ExecuTorch's own programs have: ``llama::update_cache``, ``llama::custom_sdpa``.
+
+    The buffers [1, C, K, H] are laid out as those operators want them, in float32.
+
+    Args:
+        config: sizes.
+        max_context_len: positions C.
+
+    Raises:
+        ExportError: the operators are not at hand; see :func:`load_llama_operators`.
+    """
+
+    def __init__(self, config: MobileLlamaConfig, max_context_len: int) -> None:
+        super().__init__()
+        load_llama_operators()
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        shape = (1, max_context_len, config.num_key_value_heads, config.head_dim)
+        self.register_buffer("key", torch.zeros(shape), persistent=False)
+        self.register_buffer("value", torch.zeros(shape), persistent=False)
+
+    def forward(self, qkv_1LP: Tensor, cos_CR: Tensor, sin_CR: Tensor, start_pos: Tensor) -> Tensor:
+        """As :meth:`KVCache.forward`."""
+        N, K = self.num_heads, self.num_kv_heads
+        positions_L = torch.arange(qkv_1LP.shape[1]) + start_pos
+        qk_1LNH, v_1LKH = qkv_1LP.unflatten(-1, (N + 2 * K, -1)).split([N + K, K], dim=2)
+        qk_1LNH = apply_rope(qk_1LNH, cos_CR.index_select(0, positions_L), sin_CR.index_select(0, positions_L))
+        q_1LNH, k_1LKH = qk_1LNH.split([N, K], dim=2)
+        start = start_pos.item()
+        torch.ops.llama.update_cache(k_1LKH, self.key, start)
+        torch.ops.llama.update_cache(v_1LKH, self.value, start)
+        # No mask and no dropout; causal.
+        return torch.ops.llama.custom_sdpa(q_1LNH, self.key, self.value, start, None, 0.0, True).flatten(2)
+
+
+def build_kv_cache(config: MobileLlamaConfig, max_context_len: int, kv_type: str, attention_op: str) -> nn.Module:
+    """A cache of the type and with the operators that a recipe names."""
+    if attention_op == "llama":
+        return LlamaKVCache(config, max_context_len)
+    return KVCache(config, max_context_len, kv_type)
 
 
 class Attention(nn.Module):
@@ -229,12 +273,15 @@ class TextDecoder(nn.Module):
         model: the language model.
         max_context_len: positions C of the cache; more than ``max_position_embeddings`` is an error.
         kv_type: of the cache, a key of :data:`KV_CACHE_TYPES`.
+        attention_op: whose operators read and write it: ``mvlm`` or ``llama``.
 
     Raises:
         ValueError: ``max_context_len`` is not in 1 .. ``max_position_embeddings``.
     """
 
-    def __init__(self, model: MobileLlama, max_context_len: int, kv_type: str = "fp32") -> None:
+    def __init__(
+        self, model: MobileLlama, max_context_len: int, kv_type: str = "fp32", attention_op: str = "mvlm"
+    ) -> None:
         super().__init__()
         config = model.config
         if not 1 <= max_context_len <= config.max_position_embeddings:
@@ -245,7 +292,9 @@ class TextDecoder(nn.Module):
         self.layers = model.layers
         self.norm = model.norm
         self.lm_head = model.lm_head
-        self.caches = nn.ModuleList(KVCache(config, max_context_len, kv_type) for _ in model.layers)
+        self.caches = nn.ModuleList(
+            build_kv_cache(config, max_context_len, kv_type, attention_op) for _ in model.layers
+        )
         cos_CR, sin_CR = rope_tables(config.head_dim, max_context_len, config.rope_theta)
         self.register_buffer("cos", cos_CR, persistent=False)
         self.register_buffer("sin", sin_CR, persistent=False)

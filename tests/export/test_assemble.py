@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from mvlm.export.assemble import _check_completeness, assemble, instantiate, template_keys
 from mvlm.export.capture import capture, capture_text_decoder, capture_token_embedding, capture_vision_encoder
+from mvlm.export.checkpoint.configs import ImagePreprocessing
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from mvlm.export.errors import ExportError
 from mvlm.export.lower import Lowered, lower, lower_program
@@ -47,11 +48,11 @@ def assembled_pte(lowered: Lowered, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-def lowered_at_once(model, recipe: Recipe) -> Lowered:
+def lowered_at_once(model, preprocessing: ImagePreprocessing, recipe: Recipe) -> Lowered:
     """The untuned way: every method captured and lowered as a whole."""
     programs, delegation = {}, []
     for name, program in (
-        (VISION_ENCODER, capture_vision_encoder(model)),
+        (VISION_ENCODER, capture_vision_encoder(model, preprocessing, recipe)),
         (TOKEN_EMBEDDING, capture_token_embedding(model, recipe)),
         (TEXT_DECODER, capture_text_decoder(model, recipe)),
     ):
@@ -60,7 +61,7 @@ def lowered_at_once(model, recipe: Recipe) -> Lowered:
     return Lowered(programs, tuple(delegation))
 
 
-def run(path: Path, image_size: int, hidden_size: int) -> list[Tensor]:
+def run(path: Path, image_size: int, hidden_size: int, takes_bytes: bool = False) -> list[Tensor]:
     """What all methods compute of fixed inputs, the decoder over several steps."""
     generator = torch.Generator().manual_seed(0)
 
@@ -69,6 +70,8 @@ def run(path: Path, image_size: int, hidden_size: int) -> list[Tensor]:
         return Runtime.get().load_program(path).load_method(name)
 
     pixels = torch.randn(1, 3, image_size, image_size, generator=generator)
+    if takes_bytes:
+        pixels = torch.randint(0, 256, (3, image_size - 7, image_size), dtype=torch.uint8, generator=generator)
     results = [method(VISION_ENCODER).execute([pixels])[0].clone()]
     results.append(method(TOKEN_EMBEDDING).execute([torch.arange(20)[None]])[0].clone())
     decoder = method(TEXT_DECODER)
@@ -80,25 +83,54 @@ def run(path: Path, image_size: int, hidden_size: int) -> list[Tensor]:
     return results
 
 
-def test_same_results_as_lowered_at_once(assembled_pte, lowered, small_quantized_model, small_recipe, tmp_path):
-    """Bit for bit, cache and all; and the same operators are delegated."""
-    whole = lowered_at_once(small_quantized_model, small_recipe)
+#: What every piece asks for again.
+SYMBOLS = {"aten.sym_size", "aten._local_scalar_dense"}
+
+
+def check_same_delegation(lowered: Lowered, whole: Lowered) -> None:
     for ours, theirs in zip(lowered.delegation, whole.delegation, strict=True):
         assert (ours.quantized, ours.quantized_linears) == (theirs.quantized, theirs.quantized_linears)
         assert ours.float32_operators == theirs.float32_operators
         # Between pieces a partition ends and a symbol is asked for again.
         assert 0 <= ours.float32 - theirs.float32 <= 4
-        assert {name: n for name, n in ours.left.items() if name != "aten.sym_size"} == {
-            name: n for name, n in theirs.left.items() if name != "aten.sym_size"
+        assert {name: n for name, n in ours.left.items() if name not in SYMBOLS} == {
+            name: n for name, n in theirs.left.items() if name not in SYMBOLS
         }
-    path = tmp_path / "whole.pte"
-    write_pte(whole, {}, path)
-    results = run(assembled_pte, 28, 64), run(path, 28, 64)
+
+
+def check_same_results(results: tuple[list[Tensor], list[Tensor]]) -> None:
     assert len(results[0]) == 2 + 1 + STEPS + 1
     for ours, theirs in zip(*results, strict=True):
         assert bool(torch.isfinite(ours).all())
         assert ours.std() > 0
         assert torch.equal(ours, theirs)
+
+
+def test_same_results_as_lowered_at_once(
+    assembled_pte, lowered, small_checkpoint, small_quantized_model, small_recipe, tmp_path
+):
+    """Bit for bit, cache and all; and the same operators are delegated."""
+    whole = lowered_at_once(small_quantized_model, small_checkpoint.preprocessing, small_recipe)
+    check_same_delegation(lowered, whole)
+    path = tmp_path / "whole.pte"
+    write_pte(whole, {}, path)
+    check_same_results((run(assembled_pte, 28, 64), run(path, 28, 64)))
+
+
+def test_same_results_with_operators_of_executorch(small_checkpoint, tmp_path):
+    """A layer then has more than one mutable argument of more than one operator, and a symbol of its own."""
+    recipe = Recipe(max_context_len=32, kv_cache="fp32", attention_op="llama")
+    with Spool(tmp_path) as spool:
+        quantized = quantize_checkpoint(small_checkpoint, recipe, spool, Progress(quiet=True))
+        assembled = lower(capture(quantized), Progress(quiet=True))
+        write_pte(assembled, {}, tmp_path / "assembled.pte")
+    model = small_checkpoint.load_model()
+    quantize(model, recipe)
+    whole = lowered_at_once(model, small_checkpoint.preprocessing, recipe)
+    write_pte(whole, {}, tmp_path / "whole.pte")
+    results = tuple(run(tmp_path / f"{name}.pte", 28, 64, takes_bytes=True) for name in ("assembled", "whole"))
+    check_same_results(results)
+    check_same_delegation(assembled, whole)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from random_checkpoint import RandomCheckpoint, Sizes
@@ -36,6 +37,7 @@ FLAGS = (
     "--embedding-bits",
     "--vision",
     "--max-context-len",
+    "--attention-op",
     "--with-artifacts",
     "--report",
     "--force",
@@ -162,6 +164,13 @@ def test_version(capsys):
         ("--recipe accurate --lm-head-bits 4", Recipe("accurate", group_size=32, kv_cache="fp16")),
         ("--kv-cache fp32 --prefill-chunk 64", Recipe(kv_cache="fp32", prefill_chunk=64)),
         ("--embedding-bits 32", Recipe(embedding_bits=32)),
+        ("--attention-op mvlm", Recipe()),
+        ("--attention-op llama", Recipe(kv_cache="fp32", attention_op="llama")),
+        ("--attention-op llama --kv-cache fp32", Recipe(kv_cache="fp32", attention_op="llama")),
+        (
+            "--attention-op llama --recipe accurate",
+            Recipe("accurate", group_size=32, lm_head_bits=8, kv_cache="fp32", attention_op="llama"),
+        ),
     ],
 )
 def test_recipe_of_flags(flags, recipe):
@@ -183,6 +192,7 @@ def test_recipe_of_flags(flags, recipe):
         ("--pte-name x.pte --group-size 48", "--group-size: invalid choice: 48 (choose from 32, 64, 128, 256)"),
         ("--pte-name x.pte --lm-head-bits 5", "--lm-head-bits: invalid choice: 5 (choose from 4, 8)"),
         ("--pte-name x.pte --embedding-bits 16", "--embedding-bits: invalid choice: 16 (choose from 4, 8, 32)"),
+        ("--pte-name x.pte --attention-op ours", "--attention-op: invalid choice: 'ours' (choose from"),
         ("--pte-name x.pte --vision fp16", "--vision: invalid choice: 'fp16' (choose from"),
         ("--pte-name x.pte --seed x", "--seed: invalid int value: 'x'"),
         ("--pte-name x.pte --model m --random-weights r", "--random-weights: not allowed with argument --model"),
@@ -198,6 +208,7 @@ def test_wrong_flags(arguments, message, capsys, exports):
     [
         ("--max-context-len 0", "max context length 0 is too short: a prompt and an answer need 2 at least"),
         ("--max-context-len -1", "max context length -1 is too short"),
+        ("--attention-op llama --kv-cache int8", "KV cache int8 is not possible with attention operator llama"),
         ("--vision-tower t", "--vision-tower goes with --model; the bundled demo checkpoint has its own"),
         ("--random-weights mobilevlm-3b --seed -1", "seed -1: a whole number from 0 to"),
         ("--report report.txt", "report.txt: a report is written as JSON"),
@@ -293,6 +304,20 @@ def test_context_beyond_what_the_model_was_trained_for(capsys, monkeypatch, tmp_
     assert re.search(r"101\b.*\b100\b", error)
     assert "max_position_embeddings" in error
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_operators_of_executorch_that_are_not_there(capsys, monkeypatch, tmp_path):
+    """Are missed before any work."""
+
+    def refuse(name: str) -> None:
+        raise OSError("libcustom_ops_aot_lib.so: cannot open shared object file")
+
+    monkeypatch.setattr("mvlm.export.llama_operators.importlib", SimpleNamespace(import_module=refuse))
+    monkeypatch.setattr(pipeline, "quantize_checkpoint", lambda *_: pytest.fail("went on with it"))
+    error = input_error(["--attention-op", "llama", "--pte-name", str(tmp_path / "x.pte")], capsys)
+    assert "executorch.extension.llm.custom_ops) cannot be loaded: libcustom_ops_aot_lib.so" in error
+    assert "pyproject.toml" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_picture_that_leaves_no_room(capsys, monkeypatch, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,15 +15,22 @@ from executorch.backends.xnnpack._passes import XNNPACKPassManager
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir.backend.partitioner import PartitionResult
 from executorch.exir.delegate import executorch_call_delegate
+from random_checkpoint import RandomCheckpoint, Sizes
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 from mvlm.export import lower as lowering
+from mvlm.export.capture import CapturedMethod, capture
+from mvlm.export.checkpoint import open_checkpoint
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from mvlm.export.errors import ExportError
 from mvlm.export.lower import MethodDelegation, delegation_table, lower_program, skipping_idle_passes
+from mvlm.export.progress import Progress
+from mvlm.export.quantize import quantize_checkpoint
+from mvlm.export.recipe import Recipe
+from mvlm.export.spool import Spool
 
 LAYERS = 2
 LINEARS_OF_A_LAYER = 4
@@ -171,6 +180,56 @@ def test_quick_lowering_gives_the_program_of_slow_lowering(captured):
     slow, slow_delegation = lower_slowly(TEXT_DECODER, program)
     assert slow_delegation == delegation
     assert serialized(TEXT_DECODER, slow) == serialized(TEXT_DECODER, quick)
+
+
+@pytest.fixture(scope="module")
+def captured_for_executorch(tmp_path_factory) -> Iterator[dict[str, tuple[CapturedMethod, ...]]]:
+    """Small models with both kinds of depthwise convolutions, by projector, without operators of ours."""
+    recipe = Recipe(max_context_len=32, kv_cache="fp32", attention_op="llama")
+    with ExitStack() as stack, torch.no_grad():
+        captured = {}
+        for projector in ("ldpnet", "ldpnetv2"):
+            folder = RandomCheckpoint.make(Sizes(projector=projector)).write(tmp_path_factory.mktemp(projector))
+            spool = stack.enter_context(Spool(tmp_path_factory.mktemp("spool")))
+            checkpoint = open_checkpoint(str(folder))
+            quantized = quantize_checkpoint(checkpoint, recipe, spool, Progress(quiet=True))
+            captured[projector] = capture(quantized)
+        yield captured
+
+
+@pytest.mark.filterwarnings("ignore:Mutation on a buffer")  # the KV cache; it is meant
+@pytest.mark.parametrize(
+    ("projector", "name"),
+    [
+        ("ldpnet", "vision_head"),
+        ("ldpnet", "vision_tower.encoder.layers"),
+        ("ldpnet", "vision_tail"),
+        ("ldpnetv2", "vision_tail"),
+        ("ldpnet", "language_model.layers"),
+        ("ldpnet", "text_tail"),
+    ],
+)
+def test_little_is_left_without_our_operators(captured_for_executorch, projector, name):
+    """And what XNNPACK got is, byte for byte, what it gets with all of its passes."""
+    methods = captured_for_executorch[projector]
+    [(method, piece)] = [(method, piece) for method in methods for piece in method.pieces if piece.name == name]
+    # A folded weight is lost to whoever lowers the program a second time.
+    again = copy.deepcopy(piece.program)
+    quick, delegation = lower_program(method.name, piece.program)
+    allowed = {
+        "vision_head": {"aten.native_layer_norm", "aten.constant_pad_nd", "aten.sym_size", "aten.unsqueeze_copy"}
+        | {"dim_order_ops._to_dim_order_copy", "aten.full_like"},
+        "vision_tower.encoder.layers": {"aten.native_layer_norm", "aten.split_with_sizes_copy"},
+        "vision_tail": {"aten.native_layer_norm", "aten.full"},
+        "language_model.layers": {"aten.mean", "aten.index_select", "aten.arange", "aten.add", "aten.sym_size"}
+        | {"aten.split_with_sizes_copy", "aten.unsqueeze_copy", "aten.view_copy", "aten._local_scalar_dense"}
+        | {"llama.update_cache", "llama.custom_sdpa"},
+        "text_tail": {"aten.slice_copy", "aten.mean"},
+    }
+    assert set(delegation.left) <= allowed[name]
+    slow, slow_delegation = lower_slowly(method.name, again)
+    assert slow_delegation == delegation
+    assert serialized(method.name, slow) == serialized(method.name, quick)
 
 
 class WorkForPasses(nn.Module):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from loaded import load
+from PIL import Image
 from random_checkpoint import (
     RandomCheckpoint,
     Sizes,
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from mvlm.export import demo
 from mvlm.export.checkpoint import open_checkpoint
+from mvlm.export.contract import ImageProcessing
 from mvlm.export.models import (
     PROJECTOR_TYPES,
     CLIPVisionConfig,
@@ -27,11 +29,14 @@ from mvlm.export.models import (
     MobileLlamaConfig,
     MobileVLM,
     MobileVLMConfig,
+    PictureInput,
     TextDecoder,
     build_projector,
     image_token_count,
 )
+from mvlm.export.recipe import ATTENTION_OPS
 from mvlm.runtime.fidelity import snr_db
+from mvlm.runtime.preprocess import preprocess
 
 #: Largest difference from the oracle, in float32, on outputs of the order of 1.
 TOLERANCE = 1e-4
@@ -289,14 +294,15 @@ def test_language_model_equals_transformers(llama, length):
 CAPACITY = 12
 
 
+@pytest.mark.parametrize("attention_op", ATTENTION_OPS)
 @pytest.mark.parametrize("prompt", [1, 2, 5, CAPACITY - 1, CAPACITY])
-def test_text_decoder_with_cache_equals_transformers(llama, prompt):
+def test_text_decoder_with_cache_equals_transformers(llama, prompt, attention_op):
     """A prompt at once, then token by token up to the last position of the cache."""
     checkpoint, model, oracle = llama
     ids = token_ids(checkpoint.sizes, CAPACITY)
     expected = oracle(ids).logits
     embeddings = model.embed_tokens(ids)
-    decoder = TextDecoder(model.language_model, CAPACITY)
+    decoder = TextDecoder(model.language_model, CAPACITY, attention_op=attention_op)
     for cache in decoder.caches:  # on a device the cache begins with whatever was in memory
         cache.key.fill_(torch.nan)
         cache.value.fill_(torch.nan)
@@ -362,6 +368,20 @@ def test_text_decoder_refuses_what_does_not_fit(llama):
 def test_impossible_text_config(change, message):
     with pytest.raises(ValueError, match=message):
         MobileLlamaConfig(**change)
+
+
+# -- pictures as bytes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(28, 28), (28, 21), (21, 28), (27, 28), (1, 28), (5, 4), (1, 1)])
+def test_picture_input_equals_the_image_processor(size):
+    """Of pictures that need no resizing; wide, high, small, with odd borders."""
+    processing = ImageProcessing(28, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), (122, 116, 104), 16)
+    picture = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(0)).byte()
+    square = Image.new("RGB", (28, 28), processing.pad_color)
+    square.paste(Image.fromarray(picture.numpy()), ((28 - size[0]) // 2, (28 - size[1]) // 2))
+    ours = PictureInput(28, processing.mean, processing.std, processing.pad_color)(picture.permute(2, 0, 1))
+    torch.testing.assert_close(ours, preprocess(square, processing), atol=1e-6, rtol=1e-6)
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from mvlm.export.recipe import KV_CACHES, RECIPES, SCALE_ALGORITHMS, Recipe, mob
 
 
 def test_the_default_recipe():
-    assert mobile() == Recipe("mobile", 128, "hqq", 4, 8, "int8", "int8", 768, 256)
+    assert mobile() == Recipe("mobile", 128, "hqq", 4, 8, "int8", "int8", 768, 256, "mvlm")
     assert all(make().name == name for name, make in RECIPES.items())
 
 
@@ -28,12 +28,20 @@ def test_the_default_recipe():
         ("embedding_bits", 16, "bits of the embedding: 16 is not possible; choose one of 4, 8, 32$"),
         ("vision", "fp16", "vision weights: 'fp16' is not possible; choose one of int4, int8, fp32$"),
         ("kv_cache", "int4", "KV cache: 'int4' is not possible; choose one of fp32, fp16, int8$"),
+        ("attention_op", "ours", "attention operator: 'ours' is not possible; choose one of mvlm, llama$"),
         ("prefill_chunk", 0, "prefill chunk 0 is not possible: one token at least is read at once$"),
     ],
 )
 def test_impossible_values(field, value, message):
     with pytest.raises(ExportError, match=message):
         Recipe(**{field: value})
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "fp16"])
+def test_attention_of_executorch_has_a_float32_cache(kv_cache):
+    with pytest.raises(ExportError, match=f"KV cache {kv_cache} is not possible with attention operator llama: .*fp32"):
+        Recipe(attention_op="llama", kv_cache=kv_cache)
+    assert Recipe(attention_op="llama", kv_cache="fp32").attention_op == "llama"
 
 
 @pytest.mark.parametrize("max_context_len", [1, 0, -768])

@@ -258,6 +258,25 @@ def test_exported_model_equals_eager() -> None:
             torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "swiglu", "quick_gelu"])
+def test_references_are_captured_in_place_of_operators(name: str) -> None:
+    """What is captured holds torch's operators alone, and computes the same."""
+
+    class Module(nn.Module):
+        def forward(self, *arguments: Tensor) -> Tensor | tuple[Tensor, ...]:
+            return getattr(mvlm.ops, name)(*arguments, *(value for value in VALID[name] if value is EPS))
+
+    tensors = tuple(value for value in VALID[name] if torch.is_tensor(value))
+    with mvlm.ops.References():
+        program = torch.export.export(Module(), tensors, strict=False)
+    assert not [node for node in program.graph.nodes if str(node.target).startswith("mvlm")]
+    results = program.module()(*tensors)
+    for actual, wanted in zip([results] if torch.is_tensor(results) else results, call(name, VALID[name]), strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-6, rtol=1e-6)
+    with mvlm.ops.References(), pytest.raises(ValueError, match=rf"mvlm::{name}: \w+ is torch\.float64"):
+        getattr(mvlm.ops, name)(VALID[name][0].double(), *VALID[name][1:])
+
+
 # --- Schemas, shapes and wrong arguments ---
 
 VALID = {
