@@ -1,5 +1,7 @@
 #include "runner/metadata.h"
 
+#include <nlohmann/json.hpp>
+
 #include <cmath>
 #include <utility>
 
@@ -158,6 +160,13 @@ size_t CountOccurrences(const std::string& text, const std::string& part) {
   return count;
 }
 
+// The recipe's; "mvlm" if it says nothing, for it is told to people and need not be ours.
+std::string AttentionOp(const std::string& recipe) {
+  const auto json = nlohmann::json::parse(recipe, nullptr, /*allow_exceptions=*/false);
+  const auto found = json.find("attention_op");
+  return found != json.end() && found->is_string() ? found->get<std::string>() : "mvlm";
+}
+
 VisionMetadata ReadVision(Reader& reader) {
   VisionMetadata vision;
   vision.format.size = reader.Int(contract::kImageSize, 1, kMaxImageSize);
@@ -186,6 +195,7 @@ Metadata ReadAll(Reader& reader, bool has_vision) {
   metadata.model_name = reader.String(contract::kModelName);
   metadata.checkpoint_id = reader.String(contract::kCheckpointId);
   metadata.recipe = reader.String(contract::kRecipe);
+  metadata.attention_op = AttentionOp(metadata.recipe);
   metadata.max_seq_len = reader.Int(contract::kMaxSeqLen, 1, kMaxPositions);
   metadata.max_context_len = reader.Int(contract::kMaxContextLen, 2, kMaxPositions);
   if (metadata.max_seq_len > metadata.max_context_len) {

@@ -41,6 +41,8 @@ struct Metadata {
   std::string program_id;       // tells this program from every other
   std::string checkpoint_id;    // "sha256:" and the checkpoint's hash
   std::string recipe;           // JSON
+  // Whose attention it has: "mvlm", or "llama" for ExecuTorch's, as its own programs have it.
+  std::string attention_op;
   int64_t max_seq_len = 0;      // the most tokens in one call of the decoder or the embedding
   int64_t max_context_len = 0;  // positions in the KV cache
   int64_t vocab_size = 0;

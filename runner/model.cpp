@@ -232,6 +232,12 @@ Status Model::LoadProgram() {
                                                 "; make one with `python -m mvlm.export`")));
   }
   metadata_ = std::move(*metadata);
+  if (metadata_.attention_op != "mvlm") {
+    return InvalidInput(
+        StrCat(path_, ": was exported with --attention-op ", metadata_.attention_op,
+               ", for ExecuTorch's own programs, whose operators llava_main does not have; export "
+               "one for llava_main without that flag"));
+  }
   return {};
 }
 

@@ -414,6 +414,12 @@ def test_a_pte_of_another_format(run_pte, tmp_path, demo_tokenizer, version, exp
     check_refused(run_pte(model_path=path), str(path), f"is of format {version}", "reads format 3 alone", expected)
 
 
+def test_a_pte_for_other_programs(run_pte, tmp_path, demo_tokenizer):
+    constants = hollow_constants(demo_tokenizer, ()) | {"mvlm_recipe": '{"attention_op": "llama"}'}
+    path = write_hollow_pte(tmp_path / "stock.pte", constants, with_vision=True)
+    check_refused(run_pte(model_path=path), str(path), "--attention-op llama", "export one for llava_main without")
+
+
 # Pictures
 
 

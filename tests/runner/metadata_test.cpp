@@ -119,6 +119,17 @@ TEST(ParseMetadata, AnotherProgramsFileIsCalledThat) {
             std::string::npos);
 }
 
+TEST(ParseMetadata, KnowsWhoseAttentionItIs) {
+  const auto attention_op = [](const char* recipe) {
+    return ParseMetadata(With(contract::kRecipe, {recipe}), true)->attention_op;
+  };
+  EXPECT_EQ(attention_op(R"({"attention_op": "llama", "vision": "int8"})"), "llama");
+  EXPECT_EQ(attention_op(R"({"attention_op": "mvlm"})"), "mvlm");
+  for (const char* recipe : {"{}", "", "no JSON", "[1]", "7", R"({"attention_op": 3})"}) {
+    EXPECT_EQ(attention_op(recipe), "mvlm") << recipe;
+  }
+}
+
 TEST(ParseMetadata, RefusesEveryOtherFormatAndSaysWhatToDo) {
   const std::string older = Complaint(With(contract::kFormat, {int64_t{1}}));
   EXPECT_NE(older.find("format 1"), std::string::npos) << older;
