@@ -107,7 +107,7 @@ class LDPv2(nn.Module):
         x_BPD = self.mlp(features_BPV)
         _, P, D = x_BPD.shape
         # A mean over 2x2 tokens is a depthwise convolution, too.
-        quarter = torch.full((2, 2, D), 0.25)
+        quarter = torch.full((2, 2, D), 0.25, device=x_BPD.device)
         x_BTD = mvlm.ops.depthwise_conv2d(x_BPD, quarter, None, _grid_size(P), 2, 0)
         return x_BTD + self.positional_encoding(x_BTD)
 
