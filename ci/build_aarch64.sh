@@ -11,7 +11,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '== %s\n' "$*" >&2; }
-die() { say "$*"; exit 1; }
 case ${1:-} in
   '') ;;
   *) say "$1: ci/build_aarch64.sh takes no arguments"; exit 2 ;;
@@ -19,6 +18,9 @@ esac
 
 sysroot=$PWD/build/aarch64-sysroot
 jobs=${JOBS:-$(nproc)}
+mkdir -p build
+work=
+trap 'rm -rf "$work"' EXIT
 # What runner, operators and tests are linked with; apt adds what these depend on.
 libraries=(libc6 libstdc++6 libhwy-dev libsentencepiece-dev libcli11-dev nlohmann-json3-dev libjpeg-dev libpng-dev
            libgtest-dev)
@@ -32,7 +34,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 # ---- The sysroot: Debian's libraries and executorch's wheel ----------------------------------------------------------
 # Made beside its place and renamed, so that it is there whole or not at all.
-wanted="$(cat ci/build_aarch64.sh | sha256sum)"
 stamp=$sysroot/made-by
 fetch_debian() {
   local apt=$1/apt deb list
@@ -57,10 +58,10 @@ fetch_debian() {
     dpkg-deb --fsys-tarfile "$deb" | tar -t | sed 's,^\.,,' > "$2/var/lib/dpkg/info/$list.list"
   done
 }
+# What was fetched is remembered by what was asked for and how.
+wanted="executorch $executorch, ${libraries[*]}, $(declare -f fetch_debian | sha256sum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-  work=$(mktemp -d "$PWD/build/aarch64-fetch.XXXXXX" 2>/dev/null) ||
-    { mkdir -p build; work=$(mktemp -d "$PWD/build/aarch64-fetch.XXXXXX"); }
-  trap 'rm -rf "$work"' EXIT
+  work=$(mktemp -d "$PWD/build/aarch64-fetch.XXXXXX")
   say "fetching arm64 libraries of this machine's Debian: ${libraries[*]}"
   fetch_debian "$work" "$work/root"
   say "fetching executorch $executorch for aarch64"
@@ -77,3 +78,61 @@ fi
 say "building for aarch64"
 cmake --preset aarch64 >build/aarch64-configure.log 2>&1 || { tail -n 30 build/aarch64-configure.log >&2; exit 1; }
 cmake --build --preset aarch64 --parallel "$jobs" >&2
+
+# ---- The bundle ------------------------------------------------------------------------------------------------------
+readelf=aarch64-linux-gnu-readelf
+bundle=build/aarch64-bundle/mvlm-aarch64
+info=$sysroot/var/lib/dpkg/info
+search=(build/aarch64/ops build/aarch64/runner "$sysroot/opt/executorch/lib" "$sysroot/usr/lib/aarch64-linux-gnu"
+        "$sysroot/lib/aarch64-linux-gnu")
+say "making build/mvlm-aarch64.tar.gz"
+rm -rf build/aarch64-bundle
+mkdir -p "$bundle/lib" "$bundle/licenses"
+cp LICENSE "$bundle/licenses/mvlm"
+cp "$(find "$sysroot/opt" -path '*dist-info*' -name 'LICENSE*' | head -n 1)" "$bundle/licenses/executorch"
+cp build/aarch64/runner/mvlm_bundle_launcher "$bundle/llava_main"
+cp build/aarch64/runner/llava_main "$bundle/lib/llava_main.bin"
+
+# add_library NAME: puts the library, and the licence of the package that it is from, into the bundle.
+add_library() {
+  local folder file package
+  for folder in "${search[@]}"; do
+    [ -e "$folder/$1" ] || continue
+    cp -L "$folder/$1" "$bundle/lib/$1"
+    file=${folder#"$sysroot"}/$1
+    package=$(cd "$info" && grep -lFx -- "$file" ./*.list | head -n 1) || true
+    package=$(basename "${package:-}" .list)
+    if [ -n "$package" ]; then
+      cp -L "$sysroot/usr/share/doc/$package/copyright" "$bundle/licenses/$package"
+    fi
+    return
+  done
+  say "$1, which the bundle needs, is in none of: ${search[*]}"
+  exit 1
+}
+# What is needed by what is there, until nothing is missing.
+add_library ld-linux-aarch64.so.1
+added=yes
+while [ -n "$added" ]; do
+  added=
+  for needed in $("$readelf" -dW "$bundle"/lib/* 2>/dev/null | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' | sort -u); do
+    [ -e "$bundle/lib/$needed" ] && continue
+    add_library "$needed"
+    added=yes
+  done
+done
+aarch64-linux-gnu-strip --strip-unneeded "$bundle/llava_main" "$bundle"/lib/*
+chmod 755 "$bundle/llava_main" "$bundle/lib/ld-linux-aarch64.so.1" "$bundle/lib/llava_main.bin"
+cat > "$bundle/README.txt" <<'TXT'
+mvlm's llava_main for 64-bit Arm: any Linux, and Android from an adb shell. Nothing is to be installed.
+
+  ./llava_main --model_path mobilevlm.pte --image_path photo.jpg --prompt "What is in the picture?"
+  ./llava_main --help
+
+It may be started from any folder. Keep llava_main and lib together. It reads /proc/cpuinfo and
+/sys/devices/system/cpu to learn what the processor can do. licenses/ has the licences of what lib holds.
+TXT
+tar -C build/aarch64-bundle --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf - mvlm-aarch64 |
+  gzip -9n > build/mvlm-aarch64.tar.gz.part
+mv build/mvlm-aarch64.tar.gz.part build/mvlm-aarch64.tar.gz
+say "build/mvlm-aarch64.tar.gz: $(stat -c %s build/mvlm-aarch64.tar.gz) bytes, $(du -sb "$bundle" | cut -f1) unpacked"
