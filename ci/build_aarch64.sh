@@ -29,7 +29,7 @@ executorch=1.5.1
 # ---- The machine: compiler, emulator, cmake --------------------------------------------------------------------------
 . ci/apt.sh
 install_packages g++-aarch64-linux-gnu qemu-user-static
-[ -n "${MVLM_NO_SETUP:-}" ] || ci/setup.sh
+ci/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
 # ---- The sysroot: Debian's libraries and executorch's wheel ----------------------------------------------------------
