@@ -1,5 +1,5 @@
-// Highway runs the operators with NEON (or SVE, where it is new enough and the CPU has it), and not
-// with its portable targets, which give the same results many times more slowly.
+// Highway runs the operators with NEON, and not with its portable targets, which give the same
+// results many times more slowly, nor with SVE, see ops/CMakeLists.txt.
 
 #include <gtest/gtest.h>
 
@@ -14,10 +14,11 @@
 namespace mvlm {
 namespace {
 
-TEST(Dispatch, TakesVectorsOfTheCpu) {
+TEST(Dispatch, TakesNeon) {
   for (const std::string target : {ActivationTarget(), AttentionTarget(), DepthwiseConv2dTarget(),
                                    LinearTarget(), NormTarget()}) {
-    EXPECT_TRUE(target.rfind("NEON", 0) == 0 || target.rfind("SVE", 0) == 0) << target;
+    // Later versions of Highway have NEON_BF16 and the like.
+    EXPECT_EQ(target.rfind("NEON", 0), 0u) << target;
   }
 }
 
