@@ -144,19 +144,31 @@ static _Noreturn void Enter(const struct Loader* loader, char** argv, size_t arg
   for (size_t i = 0; i < aux_count; ++i) {
     uint64_t value = old[i].a_un.a_val;
     switch (old[i].a_type) {
-      case AT_PHDR: value = loader->headers; break;
-      case AT_PHNUM: value = loader->header_count; break;
-      case AT_ENTRY: value = loader->entry; break;
-      case AT_BASE: value = 0; break;  // of a program that was started without a loader
-      case AT_EXECFN: value = (uint64_t)argv[0]; break;
-      default: break;
+      case AT_PHDR:
+        value = loader->headers;
+        break;
+      case AT_PHNUM:
+        value = loader->header_count;
+        break;
+      case AT_ENTRY:
+        value = loader->entry;
+        break;
+      case AT_BASE:
+        value = 0;
+        break;  // of a program that was started without a loader
+      case AT_EXECFN:
+        value = (uint64_t)argv[0];
+        break;
+      default:
+        break;
     }
     *to++ = old[i].a_type;
     *to++ = value;
   }
   // x0 is a function for atexit() at a program's start: none.
   __asm__ volatile(
-      "mov x1, %0\n\tmov x2, %1\n\tmov sp, x1\n\tmov x0, xzr\n\tmov x29, xzr\n\tmov x30, xzr\n\tbr x2"
+      "mov x1, %0\n\tmov x2, %1\n\tmov sp, x1\n\tmov x0, xzr\n\tmov x29, xzr\n\tmov x30, xzr\n\tbr "
+      "x2"
       :
       : "r"(stack), "r"(loader->entry)
       : "x0", "x1", "x2", "memory");

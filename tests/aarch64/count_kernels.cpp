@@ -18,14 +18,16 @@ struct Kernel {
   void* function;
 };
 
-#define MVLM_KERNEL(name)                                       \
-  __attribute__((visibility("hidden"))) Kernel slot_of_##name;  \
-  __asm__(".text\n.balign 4\n.globl " #name "\n.type " #name    \
-          ", %function\n" #name ":\n"                           \
-          "adrp x9, slot_of_" #name "\n"                        \
-          "add x9, x9, :lo12:slot_of_" #name "\n"               \
-          "1: ldxr x10, [x9]\nadd x10, x10, #1\n"               \
-          "stxr w11, x10, [x9]\ncbnz w11, 1b\n"                 \
+#define MVLM_KERNEL(name)                                                          \
+  __attribute__((visibility("hidden"))) Kernel slot_of_##name;                     \
+  __asm__(".text\n.balign 4\n.globl " #name "\n.type " #name ", %function\n" #name \
+          ":\n"                                                                    \
+          "adrp x9, slot_of_" #name                                                \
+          "\n"                                                                     \
+          "add x9, x9, :lo12:slot_of_" #name                                       \
+          "\n"                                                                     \
+          "1: ldxr x10, [x9]\nadd x10, x10, #1\n"                                  \
+          "stxr w11, x10, [x9]\ncbnz w11, 1b\n"                                    \
           "ldr x16, [x9, #8]\nbr x16\n.size " #name ", . - " #name "\n");
 #include "kernel_names.inc"
 #undef MVLM_KERNEL
