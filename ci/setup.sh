@@ -14,24 +14,8 @@ apt_packages=(g++ python3 python3-venv python3-dev libhwy-dev libsentencepiece-d
 say() { printf '== %s\n' "$*" >&2; }
 
 # ---- Debian packages ------------------------------------------------------------------------------------------------
-if ! command -v dpkg-query >/dev/null; then
-  say "no dpkg here: this script is for Debian and Ubuntu; install the like of: ${apt_packages[*]}"
-  exit 2
-fi
-missing=()
-for package in "${apt_packages[@]}"; do
-  [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
-done
-if [ ${#missing[@]} -gt 0 ]; then
-  as_root=()
-  if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || { say "as root, run: apt-get install ${missing[*]}"; exit 2; }
-    as_root=(sudo)
-  fi
-  say "apt-get install ${missing[*]}"
-  "${as_root[@]}" apt-get update -qq
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
-fi
+. ci/apt.sh
+install_packages "${apt_packages[@]}"
 
 # ---- Python ---------------------------------------------------------------------------------------------------------
 python=${PYTHON:-python3}
@@ -53,7 +37,8 @@ stamp=.venv/mvlm-setup${1:+-$1}
 state=$( (find pyproject.toml CMakeLists.txt ops runner runtime -name __pycache__ -prune -o -type f \
             ! -path 'runtime/*.py' -print0 | sort -z |
           xargs -0 sha256sum; find export runtime -name '*.py' | sort) | sha256sum)
-if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
+# What was installed for the tests has all that is installed without.
+if ! grep -qsFx -- "$state" "$stamp" .venv/mvlm-setup-test; then
   # torch first and alone: no other requirement may choose its version.
   say "installing torch"
   pip install --quiet torch==2.13.0

@@ -209,7 +209,8 @@ class Problem {
         std::memcpy(to + 2 * i, &half, 2);
       } else {
         const float factor = maximum == 0 ? 0 : 127.0f / maximum;
-        to[i] = static_cast<char>(std::nearbyint(x[i] * factor));
+        // By way of a signed type: char has no sign on Arm.
+        to[i] = static_cast<char>(static_cast<int8_t>(std::nearbyint(x[i] * factor)));
         cache.scales[row] = maximum / 127.0f;
       }
     }
@@ -474,7 +475,8 @@ TEST_P(KernelTest, QuantizesZeroAndWhatIsNotFinite) {
   WriteCache(call, 0, scratch.get());
   for (int64_t token = 0; token < kTokens; ++token) {
     const float scale = problem.values().scales[token];
-    const char* const integers = &problem.values().bytes[token * kDim];
+    const auto* const integers =
+        reinterpret_cast<const int8_t*>(&problem.values().bytes[token * kDim]);
     const bool finite = std::isfinite(values[token]);
     const bool zero = !finite || values[token] < 1e-30f;
     if (finite) {
