@@ -570,7 +570,12 @@ def test_stopping_leaves_no_child(demo_pte, llava_main, tmp_path, number):
     script = tmp_path / "sleeper.py"
     script.write_text(code)
     command = [sys.executable, "-m", "mvlm.runtime.bench", str(demo_pte), "--quiet", "--llava-main", str(llava_main)]
-    process = subprocess.Popen([*command, "--against", f"{sys.executable} {script}"], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, "--against", f"{sys.executable} {script}"],
+        stderr=subprocess.PIPE,
+        # Tests that a shell runs in the background, or nohup, are given SIGINT ignored, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (pid_file.exists() and pid_file.read_text()) and process.poll() is None:
         assert time.monotonic() < deadline
