@@ -6,7 +6,6 @@ Everything but the tests of ci/adb_run.sh needs what ci/build_aarch64.sh makes, 
 from __future__ import annotations
 
 import subprocess
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,7 @@ from aarch64_run import BUNDLE, I8MM, QEMU, RunArm, need
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked bundle's folder."""
     folder = tmp_path_factory.mktemp("bundle with a space")
-    with tarfile.open(need(BUNDLE)) as archive:
-        archive.extractall(folder, filter="data")
+    subprocess.run(["tar", "-C", folder, "-xzf", need(BUNDLE)], check=True)
     return folder / "mvlm-aarch64"
 
 
