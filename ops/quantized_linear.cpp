@@ -15,11 +15,17 @@
 //   of which the last two terms are a single vpmaddwd of pairs (-zero_point, sum q) by pairs (sum
 //   weight, -8).
 //
-//   8 bits: 32 bits are 2 k, both sides are widened to 16 bits, and vpmaddwd does the rest. q -
-//   zero_point is what is stored.
+//   The order of k within the buffer is the one that unpacking gives for free. The quantized rows
+//   are permuted alike, by (0 2 4 6 1 3 5 7).
 //
-// The order of k within the buffer is the one that unpacking gives for free. The quantized rows are
-// permuted alike: by (0 2 4 6 1 3 5 7) for 4 bits, by (0 2 1 3) for 8 bits.
+//   8 bits: 32 bits are 4 k, u = q + 128 is the unsigned side of vpmaddubsw, two of its results are
+//   added in 16 bits, and vpmaddwd with ones widens the sum: five instructions for 8 k, where
+//   widening both sides first would take eight. Such a sum of four products fits 16 bits unless its
+//   weights of one sign add up to more than 128, which is rare in trained layers (1 % of the sums;
+//   15 % if weights are normally distributed, 80 % if uniformly). Weights that are too many are
+//   zeroed in the buffer, listed, and multiplied apart, with rows in the lanes: exact for whatever
+//   weights, and the faster the fewer there are.
+//     sum (q - zero_point) * weight = sum u * weight - (128 + zero_point) * sum weight.
 //
 // Few rows. Unpacking into a buffer would not pay: lanes hold k, and a row of weights is streamed
 // through once, from memory to the sum. That is bound by memory.
@@ -54,11 +60,16 @@ constexpr size_t kMinGroup = 32;
 // k of a panel that are unpacked at a time: 16 KiB with 8 lanes.
 constexpr size_t kDepth4 = 1024;
 constexpr size_t kDepth8 = 512;
-// Rows of the register tile: the most that leave registers for the operands.
+// Rows that lie together. 4 bits: those of the register tile, the most that leave registers for the
+// operands. 8 bits: as many as make 32 bits of each a vector.
 constexpr size_t kTile4 = 4;
-constexpr size_t kTile8 = 6;
+constexpr size_t kTile8 = kMaxLanes;
+// 8 bits: rows of the register tile.
+constexpr size_t kRegisterRows8 = 4;
 // Rows of a task: their sums (48 KiB with 8 lanes) should stay in the L2 cache.
 constexpr size_t kMaxTaskRows = 768;
+
+constexpr size_t kPage = 4096;
 
 // Up to this many rows weights are streamed.
 constexpr size_t kFewRows = 3;
@@ -71,11 +82,23 @@ constexpr size_t RoundUp(size_t value, size_t multiple) {
 }
 constexpr size_t DivideUp(size_t value, size_t divisor) { return (value + divisor - 1) / divisor; }
 
+// 8 bits: the positive and the negative weights of a sum in 16 bits add up to at most this much.
+constexpr int16_t kSafeWeights = 128;
+static_assert(255 * kSafeWeights <= 32767);
+
 // How a row was quantized.
 struct RowScale {
   float inverse;  // 1 / scale; NaN poisons the output
   int32_t zero_point;
 };
+
+// Weights of a column that are multiplied apart: those of four k, some of which are zero.
+struct Excess {
+  int32_t weights;
+  int32_t word;  // k / 4, from the start of the panel
+};
+// Per column and panel: up to three of eight k, and one that is written to but never read.
+constexpr size_t kMaxExcess = kDepth8 / 8 * 3 + 1;
 
 // The call as the kernel sees it: sizes as size_t, and where things are in the scratch memory.
 struct Geometry {
@@ -94,9 +117,9 @@ struct Geometry {
     task_rows = RoundUp(DivideUp(rows, row_blocks), tile);
     row_blocks = DivideUp(rows, task_rows);
 
-    row_bytes = RoundUp(in, kMaxBytes) * (group == 0 ? 2 : 1);
-    // Sums that quantized rows bring along, per group: a number, or a vector of them.
-    sums_per_row = few_rows ? groups * kMaxLanes : RoundUp(groups, kMaxLanes);
+    row_bytes = RoundUp(in, kMaxBytes) * (group == 0 && few_rows ? 2 : 1);
+    // What quantized rows bring along per group: a number, and if they are few a vector as well.
+    sums_per_row = (few_rows ? groups * kMaxLanes : 0) + RoundUp(groups, kMaxLanes);
 
     const size_t padded_rows = few_rows ? rows : RoundUp(rows, tile);
     scales_at = RoundUp(padded_rows * row_bytes, kMaxBytes);
@@ -104,20 +127,29 @@ struct Geometry {
     workers_at = sums_at + RoundUp(rows * sums_per_row * sizeof(int32_t), kMaxBytes);
 
     // Everything is aligned to a vector.
-    wide_at = RoundUp(in, kMaxBytes);
-    panel_at = wide_at * (group == 0 && !few_rows ? 3 : 1);
-    worker_bytes = panel_at;
+    worker_bytes = RoundUp(in, kMaxBytes);
     if (few_rows) return;
     const auto add = [this](size_t bytes) {
       const size_t at = worker_bytes;
       worker_bytes += RoundUp(bytes, kMaxBytes);
       return at;
     };
-    add(columns * (group == 0 ? 2 * kDepth8 : kDepth4));
-    const size_t group_bytes = group == 0 ? 0 : columns * (kDepth4 / group) * sizeof(float);
-    group_scales_at = add(group_bytes);
-    group_sums_at = add(group_bytes);
+    if (group == 0) {
+      // A panel and a tile are read in step, which is a fifth slower (on Zen 3) where addresses are
+      // equal modulo a page: they are kept half a page apart.
+      const size_t at = (workers_at + worker_bytes) % kPage;
+      worker_bytes += (kPage + kPage / 2 - at) % kPage;
+    }
+    panel_at = add(columns * depth);
+    group_sums_at = add(columns * (group == 0 ? 1 : depth / group) * sizeof(int32_t));
     outputs_at = add(task_rows * columns * sizeof(float));
+    if (group != 0) {
+      group_scales_at = add(columns * (depth / group) * sizeof(float));
+    } else {
+      excess_at = add(columns * kMaxExcess * sizeof(Excess));
+      excess_sums_at = add(task_rows * columns * sizeof(int32_t));
+      worker_bytes = RoundUp(worker_bytes, kPage);
+    }
   }
 
   size_t Tasks() const { return DivideUp(out, columns) * row_blocks; }
@@ -142,11 +174,12 @@ struct Geometry {
   size_t workers_at;
 
   // Scratch memory of a worker, which starts with a quantized row.
-  size_t wide_at;
-  size_t panel_at;
-  size_t group_scales_at = 0;
-  size_t group_sums_at = 0;
+  size_t panel_at = 0;
+  size_t group_sums_at = 0;  // 8 bits: of the whole column
   size_t outputs_at = 0;
+  size_t group_scales_at = 0;
+  size_t excess_at = 0;
+  size_t excess_sums_at = 0;
   size_t worker_bytes;
 };
 
@@ -165,22 +198,31 @@ class Scratch {
   // front to back, and lie in the order in which they are read.
   void* Tile(size_t row, size_t k) const {
     const size_t tiles = DivideUp(g_.rows, g_.tile);
-    const size_t bytes_per_k = g_.tile * (g_.group == 0 ? 2 : 1);
-    const size_t depth = std::min(g_.depth, RoundUp(g_.in, kMaxBytes) - k);
-    return shared_ + (k * tiles + row / g_.tile * depth) * bytes_per_k;
+    return shared_ + (k * tiles + row / g_.tile * Depth(k)) * g_.tile;
   }
+
+  // Numbers of a row in a tile that starts with k.
+  size_t Depth(size_t k) const { return std::min(g_.depth, RoundUp(g_.in, kMaxBytes) - k); }
 
   RowScale* Scales() const { return reinterpret_cast<RowScale*>(shared_ + g_.scales_at); }
   int32_t* Sums(size_t row) const {
     return reinterpret_cast<int32_t*>(shared_ + g_.sums_at) + row * g_.sums_per_row;
   }
 
+  // Of few rows, per group.
+  int32_t* ZeroPoints(size_t row) const { return Sums(row) + g_.groups * kMaxLanes; }
+
   int8_t* Quantized() const { return reinterpret_cast<int8_t*>(own_); }
-  int16_t* Wide() const { return reinterpret_cast<int16_t*>(own_ + g_.wide_at); }
-  void* Panel() const { return own_ + g_.panel_at; }
+  uint8_t* Panel() const { return reinterpret_cast<uint8_t*>(own_ + g_.panel_at); }
   float* GroupScales() const { return reinterpret_cast<float*>(own_ + g_.group_scales_at); }
   int32_t* GroupSums() const { return reinterpret_cast<int32_t*>(own_ + g_.group_sums_at); }
   void* Outputs() const { return own_ + g_.outputs_at; }
+  Excess* ExcessOf(size_t column) const {
+    return reinterpret_cast<Excess*>(own_ + g_.excess_at) + column * kMaxExcess;
+  }
+  int32_t* ExcessSums(size_t column) const {
+    return reinterpret_cast<int32_t*>(own_ + g_.excess_sums_at) + column * g_.task_rows;
+  }
 
  private:
   const Geometry& g_;
@@ -378,16 +420,14 @@ HWY_INLINE void Permute(void* row, size_t bytes, const uint8_t* order) {
   }
 }
 
-// Puts a quantized row where its tile is: tile[32 bits of k][row].
+// Puts a quantized row where its tile is: tile[k / 4][row][4].
 HWY_INLINE void StoreInTile(const Geometry& g, const Scratch& scratch, size_t row,
                             const void* quantized) {
   constexpr size_t kWord = 4;
   const char* from = static_cast<const char*>(quantized);
-  const size_t padded = RoundUp(g.in, kMaxBytes);
-  for (size_t k = 0; k < padded; k += g.depth) {
+  for (size_t k = 0; k < g.in; k += g.depth) {
     char* to = static_cast<char*>(scratch.Tile(row, k)) + row % g.tile * kWord;
-    const size_t words = std::min(g.depth, padded - k) * (g.group == 0 ? 2 : 1) / kWord;
-    for (size_t i = 0; i < words; ++i, from += kWord, to += g.tile * kWord) {
+    for (size_t i = 0; i < scratch.Depth(k); i += kWord, from += kWord, to += g.tile * kWord) {
       std::memcpy(to, from, kWord);
     }
   }
@@ -576,100 +616,211 @@ HWY_NOINLINE void MultiplyPanel4(const uint8_t* HWY_RESTRICT panel, size_t group
 
 // ------------------------------------------------------------------------------ many rows, 8 bits
 
-// Unpacks `depth` k (a multiple of 4) of the columns whose weights start at `rows`: panel[k /
-// 2][column][2]. Only `available` k may be read; the rest become zeros.
+// Takes weights from `first` and `second`, each four k of as many columns as there are lanes, until
+// sums of their products fit 16 bits. What was taken is handed to list(weights, is_second): sums of
+// products of it fit as well.
+template <class D, class List>
+HWY_INLINE void TakeExcess(D d, hn::Vec<D>& first, hn::Vec<D>& second, const List& list) {
+  const hn::Repartition<uint8_t, D> du;
+  const hn::Repartition<int16_t, D> d16;
+  using V = hn::Vec<D>;
+  using V16 = hn::Vec<decltype(d16)>;
+  const auto ones = hn::Set(du, 1);
+  const auto positive = [&](V w) HWY_ATTR {
+    return MultiplyPairs8(d16, ones, hn::Max(w, hn::Zero(d)));
+  };
+  const auto negative = [&](V w) HWY_ATTR {
+    return MultiplyPairs8(d16, ones, hn::Min(w, hn::Zero(d)));
+  };
+  const auto too_large = [&](V16 positive_sum, V16 negative_sum) HWY_ATTR {
+    return hn::BitCast(
+        d, hn::VecFromMask(d16, hn::Or(hn::Gt(positive_sum, hn::Set(d16, kSafeWeights)),
+                                       hn::Lt(negative_sum, hn::Set(d16, -kSafeWeights)))));
+  };
+  const auto both_too_large = [&] HWY_ATTR {
+    return too_large(hn::Add(positive(first), positive(second)),
+                     hn::Add(negative(first), negative(second)));
+  };
+  const auto none = [&](V v) HWY_ATTR { return hn::AllTrue(d, hn::Eq(v, hn::Zero(d))); };
+
+  V excess = both_too_large();
+  if (none(excess)) return;
+  // A pair that is too large by itself is split.
+  const V even = hn::BitCast(d, hn::Set(d16, 0x00ff));
+  const V first_even = hn::And(even, too_large(positive(first), negative(first)));
+  const V second_even = hn::And(even, too_large(positive(second), negative(second)));
+  if (!none(hn::Or(first_even, second_even))) {
+    list(hn::And(first, first_even), false);
+    list(hn::And(second, second_even), true);
+    first = hn::AndNot(first_even, first);
+    second = hn::AndNot(second_even, second);
+    excess = both_too_large();
+  }
+  list(hn::And(second, excess), true);
+  second = hn::AndNot(excess, second);
+}
+
+// Unpacks `depth` k (a multiple of 16) of the columns whose weights start at `rows`: panel[k /
+// 4][column][4]. Only `available` k may be read; the rest become zeros. Adds to the columns' sums
+// of weights, and lists what is multiplied apart: counts[column] of scratch.ExcessOf(column).
 HWY_INLINE void UnpackPanel8(const uint8_t* const* rows, size_t available, size_t depth,
-                             int16_t* HWY_RESTRICT panel) {
+                             const Scratch& scratch, size_t* HWY_RESTRICT counts) {
   const Bytes<kMaxBytes> d;
+  const hn::Repartition<int8_t, decltype(d)> d8;
   const hn::Repartition<int16_t, decltype(d)> d16;
+  const hn::Repartition<int32_t, decltype(d)> d32;
   const size_t bytes = hn::Lanes(d);
-  const size_t width = bytes;  // 16 bit numbers of two vectors
+  const size_t lanes = bytes / 4;
+  const auto ones8 = hn::Set(d, 1);
+  const auto ones16 = hn::Set(d16, 1);
   HWY_ALIGN uint8_t rest[kMaxColumns * 16];
   const uint8_t* rest_rows[kMaxColumns];
-  for (size_t vector = 0; vector < 2; ++vector, rows += bytes / 4, panel += bytes / 2) {
+  std::fill_n(counts, 2 * lanes, 0);
+  for (size_t vector = 0; vector < 2; ++vector, rows += lanes, counts += lanes) {
+    uint8_t* const panel = scratch.Panel() + vector * bytes;
+    Excess* const excess = scratch.ExcessOf(vector * lanes);
+    int32_t* const column_sums = scratch.GroupSums() + vector * lanes;
+    auto sums = hn::Load(d32, column_sums);
+    auto first = hn::Zero(d8);
     for (size_t k = 0; k < depth; k += 16) {
       const uint8_t* const* from = rows;
       size_t offset = k;
       if (HWY_UNLIKELY(k + 16 > available)) {
         std::memset(rest, 0, sizeof(rest));
-        for (size_t row = 0; row < bytes / 4; ++row) {
+        for (size_t row = 0; row < lanes; ++row) {
           rest_rows[row] = rest + 16 * row;
           if (k < available) std::memcpy(rest + 16 * row, rows[row] + k, available - k);
         }
         from = rest_rows;
         offset = 0;
       }
-      int16_t* const to = panel + k / 2 * width;
       Transpose32(d, from, offset, [&](size_t i, hn::Vec<decltype(d)> v) HWY_ATTR {
-        const auto pairs = hn::BitCast(d16, v);
-        hn::Store(hn::ShiftRight<8>(hn::ShiftLeft<8>(pairs)), d16, to + 2 * i * width);
-        hn::Store(hn::ShiftRight<8>(pairs), d16, to + (2 * i + 1) * width);
+        if (i % 2 == 0) {
+          first = hn::BitCast(d8, v);
+          return;
+        }
+        auto second = hn::BitCast(d8, v);
+        const auto four =
+            hn::Add(MultiplyPairs8(d16, ones8, first), MultiplyPairs8(d16, ones8, second));
+        sums = hn::Add(sums, MultiplyPairs16(d32, four, ones16));
+        const size_t word = k / 4 + i - 1;
+        TakeExcess(d8, first, second, [&](hn::Vec<decltype(d8)> weights, bool is_second) HWY_ATTR {
+          HWY_ALIGN int32_t taken[kMaxLanes] = {};
+          hn::Store(hn::BitCast(d32, weights), d32, taken);
+          // Without branches, which nobody could predict.
+          for (size_t lane = 0; lane < lanes; ++lane) {
+            excess[lane * kMaxExcess + counts[lane]] = {taken[lane],
+                                                        static_cast<int32_t>(word + is_second)};
+            counts[lane] += taken[lane] != 0;
+          }
+        });
+        hn::Store(hn::BitCast(d, first), d, panel + word * 2 * bytes);
+        hn::Store(hn::BitCast(d, second), d, panel + (word + 1) * 2 * bytes);
       });
     }
+    hn::Store(sums, d32, column_sums);
   }
 }
 
-// Multiplies kRows <= kTile8 quantized rows by a panel and adds to their rows of `sums`.
+// Multiplies kRows <= kRegisterRows8 quantized rows, the first of which starts at `tile`, by a
+// panel and adds to their rows of `sums`.
 template <size_t kRows>
-HWY_NOINLINE void MultiplyPanel8(const int16_t* HWY_RESTRICT panel, size_t depth,
-                                 const int16_t* HWY_RESTRICT tile, int32_t* HWY_RESTRICT sums) {
-  static_assert(1 <= kRows && kRows <= kTile8);
-  const hn::CappedTag<int16_t, kMaxBytes / 2> d16;
-  const hn::Repartition<int32_t, decltype(d16)> d32;
+HWY_NOINLINE void MultiplyPanel8(const uint8_t* HWY_RESTRICT panel, size_t depth,
+                                 const uint8_t* HWY_RESTRICT tile, int32_t* HWY_RESTRICT sums) {
+  static_assert(1 <= kRows && kRows <= kRegisterRows8);
+  constexpr size_t kWordBytes = 4 * kTile8;  // of a tile
+  const Bytes<kMaxBytes> d;
+  const hn::Repartition<int8_t, decltype(d)> d8;
+  const hn::Repartition<int16_t, decltype(d)> d16;
+  const hn::Repartition<int32_t, decltype(d)> d32;
   using V32 = hn::Vec<decltype(d32)>;
-  const size_t lanes = hn::Lanes(d32);
-  const size_t width = 2 * lanes;
+  const size_t bytes = hn::Lanes(d);
+  const size_t lanes = bytes / 4;
+  const auto ones = hn::Set(d16, 1);
   const auto start = [&](size_t i) HWY_ATTR { return hn::Load(d32, sums + i * lanes); };
-  V32 c00 = start(0), c01 = start(1), c10 = c00, c11 = c00, c20 = c00, c21 = c00;
-  V32 c30 = c00, c31 = c00, c40 = c00, c41 = c00, c50 = c00, c51 = c00;
+  V32 c00 = start(0), c01 = start(1), c10 = c00, c11 = c00;
+  V32 c20 = c00, c21 = c00, c30 = c00, c31 = c00;
   if constexpr (kRows > 1) c10 = start(2), c11 = start(3);
   if constexpr (kRows > 2) c20 = start(4), c21 = start(5);
   if constexpr (kRows > 3) c30 = start(6), c31 = start(7);
-  if constexpr (kRows > 4) c40 = start(8), c41 = start(9);
-  if constexpr (kRows > 5) c50 = start(10), c51 = start(11);
   HWY_UNROLL(1)
-  for (size_t k = 0; k < depth; k += 2, tile += 2 * kTile8, panel += 2 * width) {
-    const auto w0 = hn::Load(d16, panel);
-    const auto w1 = hn::Load(d16, panel + width);
-    auto q = Broadcast32(d16, tile);
-    Accumulate(c00, MultiplyPairs16(d32, w0, q));
-    Accumulate(c01, MultiplyPairs16(d32, w1, q));
-    if constexpr (kRows > 1) {
-      q = Broadcast32(d16, tile + 2);
-      Accumulate(c10, MultiplyPairs16(d32, w0, q));
-      Accumulate(c11, MultiplyPairs16(d32, w1, q));
-    }
-    if constexpr (kRows > 2) {
-      q = Broadcast32(d16, tile + 4);
-      Accumulate(c20, MultiplyPairs16(d32, w0, q));
-      Accumulate(c21, MultiplyPairs16(d32, w1, q));
-    }
-    if constexpr (kRows > 3) {
-      q = Broadcast32(d16, tile + 6);
-      Accumulate(c30, MultiplyPairs16(d32, w0, q));
-      Accumulate(c31, MultiplyPairs16(d32, w1, q));
-    }
-    if constexpr (kRows > 4) {
-      q = Broadcast32(d16, tile + 8);
-      Accumulate(c40, MultiplyPairs16(d32, w0, q));
-      Accumulate(c41, MultiplyPairs16(d32, w1, q));
-    }
-    if constexpr (kRows > 5) {
-      q = Broadcast32(d16, tile + 10);
-      Accumulate(c50, MultiplyPairs16(d32, w0, q));
-      Accumulate(c51, MultiplyPairs16(d32, w1, q));
-    }
+  for (size_t k = 0; k < depth; k += 8, tile += 2 * kWordBytes, panel += 4 * bytes) {
+    const auto w00 = hn::BitCast(d8, hn::Load(d, panel));
+    const auto w01 = hn::BitCast(d8, hn::Load(d, panel + bytes));
+    const auto w10 = hn::BitCast(d8, hn::Load(d, panel + 2 * bytes));
+    const auto w11 = hn::BitCast(d8, hn::Load(d, panel + 3 * bytes));
+    const auto add = [&](size_t row, V32& sum0, V32& sum1) HWY_ATTR {
+      const auto u0 = Broadcast32(d, tile + 4 * row);
+      const auto u1 = Broadcast32(d, tile + kWordBytes + 4 * row);
+      const auto four0 = hn::Add(MultiplyPairs8(d16, u0, w00), MultiplyPairs8(d16, u1, w10));
+      Accumulate(sum0, MultiplyPairs16(d32, four0, ones));
+      const auto four1 = hn::Add(MultiplyPairs8(d16, u0, w01), MultiplyPairs8(d16, u1, w11));
+      Accumulate(sum1, MultiplyPairs16(d32, four1, ones));
+    };
+    add(0, c00, c01);
+    if constexpr (kRows > 1) add(1, c10, c11);
+    if constexpr (kRows > 2) add(2, c20, c21);
+    if constexpr (kRows > 3) add(3, c30, c31);
   }
   const auto finish = [&](size_t row, V32 a, V32 b) HWY_ATTR {
-    hn::Store(a, d32, sums + row * width);
-    hn::Store(b, d32, sums + row * width + lanes);
+    hn::Store(a, d32, sums + 2 * row * lanes);
+    hn::Store(b, d32, sums + (2 * row + 1) * lanes);
   };
   finish(0, c00, c01);
   if constexpr (kRows > 1) finish(1, c10, c11);
   if constexpr (kRows > 2) finish(2, c20, c21);
   if constexpr (kRows > 3) finish(3, c30, c31);
-  if constexpr (kRows > 4) finish(4, c40, c41);
-  if constexpr (kRows > 5) finish(5, c50, c51);
+}
+
+// Multiplies quantized rows by the weights of a column that are multiplied apart: sums[row] becomes
+// their products, added to what is there unless `is_first`. The rows are those of `row_count` that
+// are in 4 vectors.
+HWY_INLINE void MultiplyExcess8(const Excess* HWY_RESTRICT excess, size_t count,
+                                const uint8_t* HWY_RESTRICT tiles, size_t tile_bytes,
+                                size_t row_count, bool is_first, int32_t* HWY_RESTRICT sums) {
+  constexpr size_t kWordBytes = 4 * kTile8;
+  const Bytes<kMaxBytes> d;
+  const hn::Repartition<int8_t, decltype(d)> d8;
+  const hn::Repartition<int16_t, decltype(d)> d16;
+  const hn::Repartition<int32_t, decltype(d)> d32;
+  using V32 = hn::Vec<decltype(d32)>;
+  const size_t lanes = hn::Lanes(d32);
+  const auto ones = hn::Set(d16, 1);
+  // Vectors past the last one repeat it.
+  const size_t last = (row_count - 1) / lanes * lanes;
+  const size_t row1 = std::min(lanes, last);
+  const size_t row2 = std::min(2 * lanes, last);
+  const size_t row3 = std::min(3 * lanes, last);
+  const auto rows_at = [&](size_t row) HWY_ATTR {
+    return tiles + row / kTile8 * tile_bytes + row % kTile8 * 4;
+  };
+  const uint8_t* const at1 = rows_at(row1);
+  const uint8_t* const at2 = rows_at(row2);
+  const uint8_t* const at3 = rows_at(row3);
+  V32 c0 = hn::Zero(d32), c1 = c0, c2 = c0, c3 = c0;
+  if (!is_first) {
+    c0 = hn::Load(d32, sums);
+    c1 = hn::Load(d32, sums + row1);
+    c2 = hn::Load(d32, sums + row2);
+    c3 = hn::Load(d32, sums + row3);
+  }
+  HWY_UNROLL(4)
+  for (size_t i = 0; i < count; ++i) {
+    const auto weights = hn::BitCast(d8, hn::Set(d32, excess[i].weights));
+    const size_t offset = static_cast<size_t>(excess[i].word) * kWordBytes;
+    const auto add = [&](const uint8_t* from, V32& sum) HWY_ATTR {
+      const auto two = MultiplyPairs8(d16, hn::Load(d, from + offset), weights);
+      Accumulate(sum, MultiplyPairs16(d32, two, ones));
+    };
+    add(tiles, c0);
+    add(at1, c1);
+    add(at2, c2);
+    add(at3, c3);
+  }
+  hn::Store(c0, d32, sums);
+  hn::Store(c1, d32, sums + row1);
+  hn::Store(c2, d32, sums + row2);
+  hn::Store(c3, d32, sums + row3);
 }
 
 // ------------------------------------------------------------------------------ many rows, both
@@ -690,7 +841,7 @@ HWY_INLINE void MultiplyRows4(const Geometry& g, const Scratch& scratch, const P
   for (size_t row = 0; row < p.rows; row += kTile4) {
     const auto multiply = [&](auto rows) HWY_ATTR {
       MultiplyPanel4<decltype(rows)::value>(
-          static_cast<const uint8_t*>(scratch.Panel()), depth / g.group, g.group,
+          scratch.Panel(), depth / g.group, g.group,
           scratch.GroupScales(), scratch.GroupSums(),
           static_cast<const int8_t*>(scratch.Tile(p.first_row + row, k)),
           scratch.Sums(p.first_row + row) + first_group, g.sums_per_row,
@@ -713,60 +864,103 @@ HWY_INLINE void MultiplyRows4(const Geometry& g, const Scratch& scratch, const P
 }
 
 HWY_INLINE void MultiplyRows8(const Geometry& g, const Scratch& scratch, const Panel& p, size_t k,
-                              size_t depth) {
-  for (size_t row = 0; row < p.rows; row += kTile8) {
-    const auto multiply = [&](auto rows) HWY_ATTR {
-      MultiplyPanel8<decltype(rows)::value>(
-          static_cast<const int16_t*>(scratch.Panel()), depth,
-          static_cast<const int16_t*>(scratch.Tile(p.first_row + row, k)),
-          static_cast<int32_t*>(scratch.Outputs()) + row * g.columns);
-    };
-    switch (p.rows - row) {
-      case 1:
-        multiply(std::integral_constant<size_t, 1>());
-        break;
-      case 2:
-        multiply(std::integral_constant<size_t, 2>());
-        break;
-      case 3:
-        multiply(std::integral_constant<size_t, 3>());
-        break;
-      case 4:
-        multiply(std::integral_constant<size_t, 4>());
-        break;
-      case 5:
-        multiply(std::integral_constant<size_t, 5>());
-        break;
-      default:
-        multiply(std::integral_constant<size_t, 6>());
+                              size_t depth, const size_t* excess_counts) {
+  const uint8_t* const tiles = static_cast<const uint8_t*>(scratch.Tile(p.first_row, k));
+  const size_t tile_bytes = scratch.Depth(k) * kTile8;
+  int32_t* const sums = static_cast<int32_t*>(scratch.Outputs());
+  const size_t together = std::max(kTile8, 2 * g.columns);  // 4 vectors, or a tile
+  for (size_t begin = 0; begin < p.rows; begin += together) {
+    const size_t end = std::min(p.rows, begin + together);
+    for (size_t row = begin; row < end; row += kRegisterRows8) {
+      const auto multiply = [&](auto rows) HWY_ATTR {
+        MultiplyPanel8<decltype(rows)::value>(
+            scratch.Panel(), depth, tiles + row / kTile8 * tile_bytes + row % kTile8 * 4,
+            sums + row * g.columns);
+      };
+      // There is room for rows that do not exist.
+      switch (end - row) {
+        case 1:
+          multiply(std::integral_constant<size_t, 1>());
+          break;
+        case 2:
+          multiply(std::integral_constant<size_t, 2>());
+          break;
+        default:
+          multiply(std::integral_constant<size_t, kRegisterRows8>());
+      }
+    }
+    for (size_t column = 0; column < g.columns; ++column) {
+      if (k != 0 && excess_counts[column] == 0) continue;
+      MultiplyExcess8(scratch.ExcessOf(column), excess_counts[column],
+                      tiles + begin / kTile8 * tile_bytes, tile_bytes, end - begin, k == 0,
+                      scratch.ExcessSums(column) + begin);
     }
   }
 }
 
-// The task's part of the output, from what MultiplyRows4() and MultiplyRows8() summed up.
-HWY_INLINE void StoreOutputs(const LinearCall& call, const Geometry& g, const Scratch& scratch,
-                             const Panel& p) {
+// Stores the `vector`th vector of a row of the output, as far as there are columns.
+HWY_INLINE void StoreOutput(const LinearCall& call, const Geometry& g, const Panel& p, size_t row,
+                            size_t vector, hn::Vec<FloatTag> outputs) {
   const FloatTag d;
-  const hn::RebindToSigned<FloatTag> di;
+  HWY_ALIGN float some[kMaxLanes];
+  const size_t lanes = g.columns / 2;
+  const size_t first = vector * lanes;
+  if (first >= p.columns) return;
+  float* const out = call.output + (p.first_row + row) * g.out + p.first_column + first;
+  const size_t count = std::min(lanes, p.columns - first);
+  if (count == lanes) {
+    hn::StoreU(outputs, d, out);
+  } else {
+    hn::Store(outputs, d, some);
+    std::copy_n(some, count, out);
+  }
+}
+
+// The task's part of the output, from what MultiplyRows4() summed up.
+HWY_INLINE void StoreOutputs4(const LinearCall& call, const Geometry& g, const Scratch& scratch,
+                              const Panel& p) {
+  const FloatTag d;
   const size_t lanes = hn::Lanes(d);
-  HWY_ALIGN float some[kMaxColumns];
+  const float* sums = static_cast<const float*>(scratch.Outputs());
   for (size_t row = 0; row < p.rows; ++row) {
     const auto inverse = hn::Set(d, scratch.Scales()[p.first_row + row].inverse);
-    float* const out = call.output + (p.first_row + row) * g.out + p.first_column;
-    float* const to = p.columns == g.columns ? out : some;
-    for (size_t i = 0; i < g.columns; i += lanes) {
-      const auto bias = hn::LoadU(d, p.bias + i);
-      const size_t at = row * g.columns + i;
-      if (g.group != 0) {
-        const auto sum = hn::Load(d, static_cast<const float*>(scratch.Outputs()) + at);
-        hn::StoreU(hn::MulAdd(sum, inverse, bias), d, to + i);
-      } else {
-        const auto sum = hn::Load(di, static_cast<const int32_t*>(scratch.Outputs()) + at);
-        const auto scaled = hn::Mul(hn::ConvertTo(d, sum), inverse);
-        hn::StoreU(hn::MulAdd(scaled, hn::LoadU(d, p.scales + i), bias), d, to + i);
-      }
+    for (size_t vector = 0; vector < 2; ++vector, sums += lanes) {
+      const auto bias = hn::LoadU(d, p.bias + vector * lanes);
+      StoreOutput(call, g, p, row, vector, hn::MulAdd(hn::Load(d, sums), inverse, bias));
     }
-    if (to == some) std::copy_n(some, p.columns, out);
+  }
+}
+
+// The same from what MultiplyRows8() summed up.
+HWY_INLINE void StoreOutputs8(const LinearCall& call, const Geometry& g, const Scratch& scratch,
+                              const Panel& p) {
+  const FloatTag d;
+  const hn::RebindToSigned<FloatTag> d32;
+  const Bytes<kMaxBytes> d8;
+  const size_t lanes = hn::Lanes(d);
+  const int32_t* const sums = static_cast<const int32_t*>(scratch.Outputs());
+  const uint8_t* excess[kMaxColumns];
+  for (size_t i = 0; i < g.columns; ++i) {
+    excess[i] = reinterpret_cast<const uint8_t*>(scratch.ExcessSums(i));
+  }
+  for (size_t vector = 0; vector < 2; ++vector) {
+    const auto bias = hn::LoadU(d, p.bias + vector * lanes);
+    const auto scales = hn::LoadU(d, p.scales + vector * lanes);
+    const auto column_sums = hn::Load(d32, scratch.GroupSums() + vector * lanes);
+    for (size_t first = 0; first < p.rows; first += 4) {
+      Transpose32(d8, excess + vector * lanes, first * sizeof(int32_t),
+                  [&](size_t i, hn::Vec<decltype(d8)> apart) HWY_ATTR {
+        const size_t row = first + i;
+        if (row >= p.rows) return;
+        const RowScale& scale = scratch.Scales()[p.first_row + row];
+        const auto offset = hn::Mul(column_sums, hn::Set(d32, 128 + scale.zero_point));
+        const auto sum = hn::Sub(hn::Add(hn::Load(d32, sums + row * g.columns + vector * lanes),
+                                         hn::BitCast(d32, apart)),
+                                 offset);
+        const auto scaled = hn::Mul(hn::ConvertTo(d, sum), hn::Set(d, scale.inverse));
+        StoreOutput(call, g, p, row, vector, hn::MulAdd(scaled, scales, bias));
+      });
+    }
   }
 }
 
@@ -796,16 +990,19 @@ HWY_INLINE void MultiplyPanel(const LinearCall& call, const Geometry& g, size_t 
   }
   std::memset(scratch.Outputs(), 0, p.rows * g.columns * sizeof(float));
 
+  if (g.group == 0) std::memset(scratch.GroupSums(), 0, g.columns * sizeof(int32_t));
+
   for (size_t k = 0; k < g.in; k += g.depth) {
     const size_t available = std::min(g.depth, g.in - k);
     if (g.group == 0) {
-      const size_t depth = RoundUp(available, 4);
-      UnpackPanel8(weights, available, depth, static_cast<int16_t*>(scratch.Panel()));
-      MultiplyRows8(g, scratch, p, k, depth);
+      const size_t depth = RoundUp(available, 16);
+      size_t excess_counts[kMaxColumns];
+      UnpackPanel8(weights, available, depth, scratch, excess_counts);
+      MultiplyRows8(g, scratch, p, k, depth, excess_counts);
     } else {
-      UnpackPanel4(weights, available, static_cast<uint8_t*>(scratch.Panel()));
+      UnpackPanel4(weights, available, scratch.Panel());
       const size_t groups = available / g.group;
-      SumPanel4(static_cast<const uint8_t*>(scratch.Panel()), groups, g.group, scratch.GroupSums());
+      SumPanel4(scratch.Panel(), groups, g.group, scratch.GroupSums());
       float* const to = scratch.GroupScales();
       for (size_t i = 0; i < g.columns; ++i) {
         for (size_t group = 0; group < groups; ++group) {
@@ -819,14 +1016,20 @@ HWY_INLINE void MultiplyPanel(const LinearCall& call, const Geometry& g, size_t 
       weights[i] += g.group == 0 ? available : available / 2;
     }
   }
-  StoreOutputs(call, g, scratch, p);
+  if (g.group == 0) {
+    StoreOutputs8(call, g, scratch, p);
+  } else {
+    StoreOutputs4(call, g, scratch, p);
+  }
 }
 
 // ------------------------------------------------------------------------------ few rows, 4 bits
 
 // A quantized row is kept as its even numbers, followed by its odd ones: they meet the low and the
-// high nibbles of consecutive bytes. `sums` has, per group and lane, what the offsets add to the
-// products of nibbles and quantized numbers:
+// high nibbles of consecutive bytes. Groups where q - zero_point fits 8 bits, nearly all, are kept
+// like that, and count as having a zero point of 0.
+//
+// `sums` has, per group and lane, what the offsets add to the products of nibbles and kept numbers:
 //     sum (q - zero_point) * (u - 8) = sum q * u - zero_point * sum u
 //                                      + sum (8 * zero_point - 8 * q).
 //
@@ -834,7 +1037,7 @@ HWY_INLINE void MultiplyPanel(const LinearCall& call, const Geometry& g, size_t 
 template <size_t kBytes>
 HWY_INLINE void ArrangeRow4(const Geometry& g, const int8_t* HWY_RESTRICT quantized,
                             int32_t zero_point, int8_t* HWY_RESTRICT row,
-                            int32_t* HWY_RESTRICT sums) {
+                            int32_t* HWY_RESTRICT sums, int32_t* HWY_RESTRICT zero_points) {
   const Bytes<kBytes> d;
   const hn::Repartition<int8_t, decltype(d)> d8;
   const hn::Repartition<int16_t, decltype(d)> d16;
@@ -843,13 +1046,24 @@ HWY_INLINE void ArrangeRow4(const Geometry& g, const int8_t* HWY_RESTRICT quanti
   const size_t half = g.group / 2;
   const auto eights = hn::Set(d, 8);
   const auto ones = hn::Set(d16, 1);
+  const auto shift = hn::Set(d8, static_cast<int8_t>(zero_point));
   for (size_t group = 0; group < g.groups; ++group) {
-    auto sum = hn::Set(d32, static_cast<int32_t>(8 * half / bytes) * 8 * zero_point);
-    for (size_t i = group * half; i < (group + 1) * half; i += bytes) {
+    const int8_t* const from = quantized + group * g.group;
+    bool fits = true;
+    for (size_t i = 0; i < g.group; i += bytes) {
+      const auto q = hn::LoadU(d8, from + i);
+      fits = fits && hn::AllTrue(d8, hn::Eq(hn::Sub(q, shift), hn::SaturatedSub(q, shift)));
+    }
+    const auto subtract = fits ? shift : hn::Zero(d8);
+    zero_points[group] = fits ? 0 : zero_point;
+    auto sum = hn::Set(d32, static_cast<int32_t>(8 * half / bytes) * 8 * zero_points[group]);
+    for (size_t i = 0; i < half; i += bytes) {
       hn::Vec<decltype(d8)> even, odd;
-      hn::LoadInterleaved2(d8, quantized + 2 * i, even, odd);
-      hn::StoreU(even, d8, row + i);
-      hn::StoreU(odd, d8, row + g.in / 2 + i);
+      hn::LoadInterleaved2(d8, from + 2 * i, even, odd);
+      even = hn::Sub(even, subtract);
+      odd = hn::Sub(odd, subtract);
+      hn::StoreU(even, d8, row + group * half + i);
+      hn::StoreU(odd, d8, row + g.in / 2 + group * half + i);
       const auto products =
           hn::Add(MultiplyPairs8(d16, eights, even), MultiplyPairs8(d16, eights, odd));
       sum = hn::Sub(sum, MultiplyPairs16(d32, products, ones));
@@ -858,11 +1072,34 @@ HWY_INLINE void ArrangeRow4(const Geometry& g, const int8_t* HWY_RESTRICT quanti
   }
 }
 
+// zero_point * sum u of a group of a column, in parts.
+template <size_t kBytes>
+HWY_INLINE hn::Vec<hn::Repartition<int32_t, Bytes<kBytes>>> Offsets4(
+    const uint8_t* weights, size_t half_group, int32_t zero_point) {
+  const Bytes<kBytes> d;
+  const hn::Repartition<int8_t, decltype(d)> d8;
+  const hn::Repartition<int16_t, decltype(d)> d16;
+  const hn::Repartition<uint16_t, decltype(d)> du16;
+  const hn::Repartition<int32_t, decltype(d)> d32;
+  const auto nibble = hn::Set(d, 0x0f);
+  // Else the compiler would keep the nibbles that have been multiplied for this, in memory.
+  asm volatile("" : "+r"(weights));
+  auto sum = hn::Zero(d);  // of at most 16 nibbles
+  for (size_t i = 0; i < half_group; i += hn::Lanes(d)) {
+    const auto both = hn::LoadU(d, weights + i);
+    const auto high = hn::BitCast(d, hn::ShiftRight<4>(hn::BitCast(du16, both)));
+    sum = hn::Add(sum, hn::Add(hn::And(both, nibble), hn::And(high, nibble)));
+  }
+  const auto wide = MultiplyPairs8(d16, sum, hn::Set(d8, 1));
+  return MultiplyPairs16(d32, wide, hn::Set(d16, static_cast<int16_t>(zero_point)));
+}
+
 // Products of a row and kColumnsAtOnce columns, whose weights start at w[i] and whose scales at
 // scales[i].
 template <size_t kBytes, size_t kGroup>
 HWY_NOINLINE void MultiplyColumns4(const Geometry& g, const int8_t* HWY_RESTRICT row,
-                                   const int32_t* HWY_RESTRICT sums, int32_t zero_point,
+                                   const int32_t* HWY_RESTRICT sums,
+                                   const int32_t* HWY_RESTRICT zero_points,
                                    const uint8_t* const* w, const char* const* scales,
                                    float* HWY_RESTRICT products) {
   const Bytes<kBytes> d;
@@ -871,63 +1108,65 @@ HWY_NOINLINE void MultiplyColumns4(const Geometry& g, const int8_t* HWY_RESTRICT
   const hn::Repartition<uint16_t, decltype(d)> du16;
   const hn::Repartition<int32_t, decltype(d)> d32;
   const hn::Repartition<float, decltype(d)> df;
-  using V = hn::Vec<decltype(d)>;
-  using V8 = hn::Vec<decltype(d8)>;
   using V16 = hn::Vec<decltype(d16)>;
-  using V32 = hn::Vec<decltype(d32)>;
   using VF = hn::Vec<decltype(df)>;
   const size_t bytes = hn::Lanes(d);
   constexpr size_t half = kGroup / 2;
   // Bytes until 16 bits may overflow: two products are added per vector.
   const size_t safe = std::min(half, kSafeSums / 2 * bytes);
-  const V nibble = hn::Set(d, 0x0f);
-  const V8 ones8 = hn::Set(d8, 1);
+  const auto nibble = hn::Set(d, 0x0f);
   const V16 ones = hn::Set(d16, 1);
-  const V16 minus_zero_point = hn::Set(d16, static_cast<int16_t>(-zero_point));
-  const int8_t* const even = row;
-  const int8_t* const odd = row + g.in / 2;
-  const uint8_t* const w0 = w[0];
-  const uint8_t* const w1 = w[1];
-  const uint8_t* const w2 = w[2];
-  const uint8_t* const w3 = w[3];
+  const int8_t* even = row;
+  const int8_t* odd = row + g.in / 2;
+  const uint8_t* w0 = w[0];
+  const uint8_t* w1 = w[1];
+  const uint8_t* w2 = w[2];
+  const uint8_t* w3 = w[3];
+  const char* const scales0 = scales[0];
+  const char* const scales1 = scales[1];
+  const char* const scales2 = scales[2];
+  const char* const scales3 = scales[3];
   VF f0 = hn::Zero(df), f1 = f0, f2 = f0, f3 = f0;
   for (size_t group = 0; group < g.groups; ++group) {
-    const V32 start = hn::LoadU(d32, sums + group * kMaxLanes);
-    V32 e0 = start, e1 = start, e2 = start, e3 = start;
-    for (size_t i = group * half; i < (group + 1) * half;) {
-      V16 c0 = hn::Zero(d16), c1 = c0, c2 = c0, c3 = c0;
-      V u0 = hn::Zero(d), u1 = u0, u2 = u0, u3 = u0;
-      for (const size_t end = i + safe; i < end; i += bytes) {
-        const V8 q_even = hn::LoadU(d8, even + i);
-        const V8 q_odd = hn::LoadU(d8, odd + i);
-        const auto add = [&](const uint8_t* weights, V16& c, V& u) HWY_ATTR {
-          const V both = hn::LoadU(d, weights + i);
-          const V low = hn::And(both, nibble);
-          const V high =
+    const auto start = hn::LoadU(d32, sums + group * kMaxLanes);
+    const auto multiply = [&](const uint8_t* weights) HWY_ATTR {
+      auto exact = start;
+      for (size_t part = 0; part < half; part += safe) {
+        V16 sum = hn::Zero(d16);
+        for (size_t i = part; i < part + safe; i += bytes) {
+          const auto both = hn::LoadU(d, weights + i);
+          const auto low = hn::And(both, nibble);
+          const auto high =
               hn::And(hn::BitCast(d, hn::ShiftRight<4>(hn::BitCast(du16, both))), nibble);
-          Accumulate(u, hn::Add(low, high));
-          Accumulate(c,
-                     hn::Add(MultiplyPairs8(d16, low, q_even), MultiplyPairs8(d16, high, q_odd)));
-        };
-        add(w0, c0, u0);
-        add(w1, c1, u1);
-        add(w2, c2, u2);
-        add(w3, c3, u3);
+          sum = hn::Add(sum, hn::Add(MultiplyPairs8(d16, low, hn::LoadU(d8, even + i)),
+                                     MultiplyPairs8(d16, high, hn::LoadU(d8, odd + i))));
+        }
+        exact = hn::Add(exact, MultiplyPairs16(d32, sum, ones));
       }
-      const auto widen = [&](V16 c, V u, V32& e) HWY_ATTR {
-        const V32 offset = MultiplyPairs16(d32, MultiplyPairs8(d16, u, ones8), minus_zero_point);
-        e = hn::Add(e, hn::Add(MultiplyPairs16(d32, c, ones), offset));
-      };
-      widen(c0, u0, e0);
-      widen(c1, u1, e1);
-      widen(c2, u2, e2);
-      widen(c3, u3, e3);
+      return exact;
+    };
+    auto e0 = multiply(w0);
+    auto e1 = multiply(w1);
+    auto e2 = multiply(w2);
+    auto e3 = multiply(w3);
+    const int32_t zero_point = zero_points[group];
+    if (HWY_UNLIKELY(zero_point != 0)) {
+      e0 = hn::Sub(e0, Offsets4<kBytes>(w0, half, zero_point));
+      e1 = hn::Sub(e1, Offsets4<kBytes>(w1, half, zero_point));
+      e2 = hn::Sub(e2, Offsets4<kBytes>(w2, half, zero_point));
+      e3 = hn::Sub(e3, Offsets4<kBytes>(w3, half, zero_point));
     }
-    const size_t at = group * sizeof(uint16_t);
-    f0 = hn::MulAdd(hn::ConvertTo(df, e0), hn::Set(df, FromBfloat16(scales[0] + at)), f0);
-    f1 = hn::MulAdd(hn::ConvertTo(df, e1), hn::Set(df, FromBfloat16(scales[1] + at)), f1);
-    f2 = hn::MulAdd(hn::ConvertTo(df, e2), hn::Set(df, FromBfloat16(scales[2] + at)), f2);
-    f3 = hn::MulAdd(hn::ConvertTo(df, e3), hn::Set(df, FromBfloat16(scales[3] + at)), f3);
+    const auto scale_of = [&](const char* from) HWY_ATTR {
+      uint16_t scale;
+      std::memcpy(&scale, from + group * sizeof(scale), sizeof(scale));
+      return hn::BitCast(df, hn::ShiftLeft<16>(hn::BitCast(d32, hn::Set(du16, scale))));
+    };
+    f0 = hn::MulAdd(hn::ConvertTo(df, e0), scale_of(scales0), f0);
+    f1 = hn::MulAdd(hn::ConvertTo(df, e1), scale_of(scales1), f1);
+    f2 = hn::MulAdd(hn::ConvertTo(df, e2), scale_of(scales2), f2);
+    f3 = hn::MulAdd(hn::ConvertTo(df, e3), scale_of(scales3), f3);
+    even += half, odd += half;
+    w0 += half, w1 += half, w2 += half, w3 += half;
   }
   products[0] = hn::GetLane(hn::SumOfLanes(df, f0));
   products[1] = hn::GetLane(hn::SumOfLanes(df, f1));
@@ -1006,16 +1245,16 @@ HWY_INLINE void MultiplyFewRows(const LinearCall& call, const Geometry& g, size_
       } else {
         const int8_t* const quantized = static_cast<const int8_t*>(scratch.Row(row));
         const int32_t* const sums = scratch.Sums(row);
-        const int32_t zero_point = scale.zero_point;
+        const int32_t* const zero_points = scratch.ZeroPoints(row);
         if (g.group == 32) {
-          MultiplyColumns4<16, 32>(g, quantized, sums, zero_point, weights, scales, products);
+          MultiplyColumns4<16, 32>(g, quantized, sums, zero_points, weights, scales, products);
         } else if (g.group == 64) {
-          MultiplyColumns4<32, 64>(g, quantized, sums, zero_point, weights, scales, products);
+          MultiplyColumns4<32, 64>(g, quantized, sums, zero_points, weights, scales, products);
         } else if (g.group == 128) {
-          MultiplyColumns4<kMaxBytes, 128>(g, quantized, sums, zero_point, weights, scales,
+          MultiplyColumns4<kMaxBytes, 128>(g, quantized, sums, zero_points, weights, scales,
                                            products);
         } else {
-          MultiplyColumns4<kMaxBytes, 256>(g, quantized, sums, zero_point, weights, scales,
+          MultiplyColumns4<kMaxBytes, 256>(g, quantized, sums, zero_points, weights, scales,
                                            products);
         }
         for (float& product : products) product *= scale.inverse;
@@ -1041,14 +1280,13 @@ void QuantizeRowsHere(const LinearCall& call, size_t begin, size_t end, size_t w
     scratch.Scales()[row] = scale;
     int32_t* const sums = scratch.Sums(row);
     if (g.group == 0) {
-      int16_t* const wide = scratch.Wide();
-      int16_t* const to = g.few_rows ? static_cast<int16_t*>(scratch.Row(row)) : wide;
-      for (size_t i = 0; i < padded; ++i) to[i] = static_cast<int16_t>(quantized[i] - zero_point);
-      if (!g.few_rows) {
-        alignas(16) static constexpr uint8_t kOrder[16] = {0, 1, 4,  5,  2,  3,  6,  7,
-                                                           8, 9, 12, 13, 10, 11, 14, 15};
-        Permute(wide, 2 * padded, kOrder);
-        StoreInTile(g, scratch, row, wide);
+      if (g.few_rows) {
+        int16_t* const to = static_cast<int16_t*>(scratch.Row(row));
+        for (size_t i = 0; i < padded; ++i) to[i] = static_cast<int16_t>(quantized[i] - zero_point);
+      } else {
+        // Unsigned: q + 128.
+        for (size_t i = 0; i < padded; ++i) quantized[i] = static_cast<int8_t>(quantized[i] ^ 0x80);
+        StoreInTile(g, scratch, row, quantized);
       }
       continue;
     }
@@ -1064,11 +1302,11 @@ void QuantizeRowsHere(const LinearCall& call, size_t begin, size_t end, size_t w
       Permute(quantized, padded, kOrder);
       StoreInTile(g, scratch, row, quantized);
     } else if (g.group == 32) {
-      ArrangeRow4<16>(g, quantized, zero_point, to, sums);
+      ArrangeRow4<16>(g, quantized, zero_point, to, sums, scratch.ZeroPoints(row));
     } else if (g.group == 64) {
-      ArrangeRow4<32>(g, quantized, zero_point, to, sums);
+      ArrangeRow4<32>(g, quantized, zero_point, to, sums, scratch.ZeroPoints(row));
     } else {
-      ArrangeRow4<kMaxBytes>(g, quantized, zero_point, to, sums);
+      ArrangeRow4<kMaxBytes>(g, quantized, zero_point, to, sums, scratch.ZeroPoints(row));
     }
   }
 }

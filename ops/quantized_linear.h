@@ -47,7 +47,7 @@ constexpr size_t kLinearScratchAlignment = 64;
 
 // Bytes of scratch memory for a call with up to `threads` threads, a multiple of
 // kLinearScratchAlignment. It holds the quantized input (one or two bytes per number) and per
-// thread up to 100 KiB, or 150 KiB with AVX-512; much less if there are few rows.
+// thread up to 150 KiB, or 300 KiB with AVX-512; much less if there are few rows.
 size_t LinearScratchBytes(const QuantizedLinear& linear, int64_t rows, int64_t threads);
 
 // The parts of a call; see RunQuantizedLinear().
@@ -98,7 +98,7 @@ void RunQuantizedLinear(const QuantizedLinear& linear, const float* input, int64
     }
   };
 
-  constexpr int64_t kRowsAtOnce = 12;
+  constexpr int64_t kRowsAtOnce = 16;
   // Quantizing a number takes about as long as 32 multiply-adds.
   const int64_t quantize_workers = std::min(
       {threads, rows / kRowsAtOnce, rows * linear.in * 32 / kMinLinearMultiplyAddsPerWorker});

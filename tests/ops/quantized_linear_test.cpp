@@ -273,6 +273,37 @@ TEST_P(QuantizedLinearTest, NothingSaturates) {
   }
 }
 
+// How many weights are multiplied apart depends on their distribution.
+TEST_P(QuantizedLinearTest, WeightsOfAnyDistribution) {
+  for (int64_t rows : {4, 17, 70}) {
+    for (double deviation : {0.1, 5.0, 20.0, 40.0, 80.0, 1000.0}) {
+      Problem problem({rows, 1030, 19, 0}, 15);
+      std::mt19937 random(16);
+      std::normal_distribution<double> weight(0, deviation);
+      for (int& w : problem.weights()) {
+        w = static_cast<int>(std::nearbyint(std::min(127.0, std::max(-128.0, weight(random)))));
+      }
+      problem.Check();
+    }
+  }
+}
+
+// Few rows: groups without and with numbers that are further from the zero point than 8 bits go.
+TEST_P(QuantizedLinearTest, GroupsFarFromTheZeroPoint) {
+  for (int64_t group : {32, 64, 128, 256}) {
+    for (float largest : {4.0f, 6.0f, 400.0f, -6.0f}) {
+      Problem problem({3, 4 * group, 9, group}, 17);
+      std::mt19937 random(18);
+      std::uniform_real_distribution<float> number(-3, 3);
+      for (float& x : problem.input()) x = number(random);
+      for (int64_t row = 0; row < 3; ++row) {
+        problem.input()[row * 4 * group + row * group + 5] = largest;
+      }
+      problem.Check();
+    }
+  }
+}
+
 TEST_P(QuantizedLinearTest, AnyNumberOfThreadsGivesTheSameBits) {
   for (const Sizes& sizes :
        {Sizes{1, 2048, 300, 128}, Sizes{3, 1024, 301, 32}, Sizes{45, 512, 301, 128},
