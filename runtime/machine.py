@@ -121,7 +121,7 @@ class MultiplyRate:
     """Multiply-adds per second, with the instructions that were fastest.
 
     Attributes:
-        instructions: ``AVX2 vpmaddwd on 16 bits``.
+        instructions: ``AVX2 vpmaddubsw, vpmaddwd``.
         per_second: multiply-adds of all threads together.
     """
 
