@@ -6,9 +6,11 @@ The scheme, after ExecuTorch's for Llama (8da4w):
   they come. XNNPACK stores group scales as bfloat16, so they are rounded to bfloat16 here already and the eager
   quantized model computes what the device computes. lm_head may have 8 bits;
 - the token embedding: 8-bit, one scale per row; or 4-bit in groups, or float32;
-- linears of the vision tower and the projector: 8-bit weights with one scale per output channel, 8-bit dynamic
-  activations; or 4-bit as above, or float32. Convolutions stay float32: XNNPACK has no dynamically quantized
-  depthwise convolution.
+- linears of the vision tower and the projector, the embedding of patches among them: 8-bit weights with one scale per
+  output channel, 8-bit dynamic activations; or 4-bit as above, or float32. Beside 8 bits the squeeze-and-excitation's
+  have 4, because they make gates between 0 and 1, in which errors count little (0.5 dB of the demo model's picture
+  features). The tower's positions are float16. Depthwise convolutions stay float32: XNNPACK has none that is
+  dynamically quantized.
 
 :func:`quantize` does it to a whole model in memory, which is what files are checked against.
 :func:`quantize_checkpoint` does the same to a checkpoint, reading, quantizing and packing one tensor after another, so
@@ -37,7 +39,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.errors import ExportError
-from mvlm.export.models import MobileVLM
+from mvlm.export.models import MobileVLM, PatchEmbedding
 from mvlm.export.progress import Progress, return_freed_memory
 from mvlm.export.recipe import SCALE_ALGORITHMS, Recipe
 from mvlm.export.report import LayerQuantization
@@ -56,6 +58,9 @@ BLOCK_ELEMENTS = 1 << 19
 HQQ_ITERATIONS = 20
 HQQ_TOLERANCE = 1e-5
 
+#: The learned positions of the vision tower.
+POSITION_EMBEDDING = "vision_tower.embeddings.position_embedding"
+
 #: Stacks of identical layers. Their weights go to the spool; everything else is small enough to stay in memory.
 STACKS = ("vision_tower.encoder.layers", "language_model.layers")
 
@@ -68,7 +73,7 @@ class Scheme:
     """How one weight is stored.
 
     Attributes:
-        bits: 4, 8, or 32 for float32.
+        bits: 4, 8, 16 for float16, or 32 for float32.
         group_size: weights that share a scale along the input width; None for one scale per row.
         scales: a key of :data:`recipe.SCALE_ALGORITHMS`.
         is_embedding: a table that is looked up, whose activations there is nothing to quantize of.
@@ -80,8 +85,8 @@ class Scheme:
     is_embedding: bool = False
 
     def __str__(self) -> str:
-        if self.bits == 32:
-            return "float32"
+        if self.bits >= 16:
+            return f"float{self.bits}"
         per = "row" if self.is_embedding else "output channel"
         share = f"groups of {self.group_size}, {self.scales}" if self.group_size else f"one scale per {per}"
         return f"int{self.bits}, {share}"
@@ -129,14 +134,20 @@ def scheme_of(name: str, module: nn.Module, recipe: Recipe) -> Scheme | None:
             group_size = fitting_group_size(name, module.embedding_dim, EMBEDDING_GROUP_SIZE)
             return Scheme(4, group_size, is_embedding=True)
         return Scheme(recipe.embedding_bits, is_embedding=True)
+    if name == POSITION_EMBEDDING and recipe.vision != "fp32":
+        return Scheme(16, is_embedding=True)
     if not isinstance(module, nn.Linear):
         return None
     if name == "language_model.lm_head":
         bits = recipe.lm_head_bits
     elif name.startswith("language_model."):
         bits = 4
+    elif ".squeeze_excite." in name and recipe.vision == "int8" and module.in_features % MIN_GROUP_SIZE == 0:
+        bits = 4
     else:
         bits = {"int4": 4, "int8": 8, "fp32": 32}[recipe.vision]
+        if isinstance(module, PatchEmbedding):
+            bits = max(bits, 8)  # no group size divides 3 * 14 * 14
     if bits == 4:
         return Scheme(4, fitting_group_size(name, module.in_features, recipe.group_size), recipe.scales)
     return Scheme(bits)
@@ -158,10 +169,14 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, float]:
         weight: float32 [out, in].
 
     Returns:
-        The weight as torchao holds it (unchanged for float32), and its SNR in dB against the original.
+        The weight as torchao holds it, or a plain tensor for float16 and float32, and its SNR in dB against the
+        original.
     """
     if scheme.bits == 32:
         return weight, math.inf
+    if scheme.bits == 16:
+        half = weight.half()
+        return half, _snr_db(float(weight.square().sum()), float((weight - half.float()).square().sum()))
     rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
     blocks = []
     signal = noise = 0.0
@@ -175,7 +190,11 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, float]:
         *(torch.cat([getattr(block, part) for block in blocks]) for part in first.tensor_data_names),
         *(getattr(first, attribute) for attribute in first.tensor_attribute_names),
     )
-    return whole, math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    return whole, _snr_db(signal, noise)
+
+
+def _snr_db(signal: float, noise: float) -> float:
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def _quantize_block(block: Tensor, scheme: Scheme) -> IntxUnpackedToInt8Tensor:
@@ -240,8 +259,8 @@ def _layer_report(name: str, weight: Tensor, scheme: Scheme, snr_db: float) -> L
 
 def stored_bytes(scheme: Scheme, weight: Tensor) -> int:
     """Bytes in the .pte of a weight [out, in] that is stored by ``scheme``; its scales included."""
-    if scheme.bits == 32:
-        return 4 * weight.numel()
+    if scheme.bits >= 16:
+        return scheme.bits // 8 * weight.numel()
     num_scales = weight.numel() // (scheme.group_size or weight.shape[1])
     # XNNPACK's groups have bfloat16 scales, all else float32.
     bytes_per_scale = 2 if scheme.group_size and not scheme.is_embedding else 4

@@ -6,6 +6,7 @@ Every check that needs no value of a weight is made here, before anything that t
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -201,9 +202,9 @@ class _Account:
         else:
             self.sources[target] = files, name
             shape = info.shape
-            # A 1x1 convolution's weight [out, in, 1, 1] is the weight of a linear over channels.
-            if len(shape) == 4 and shape[2:] == (1, 1) and len(self.shapes[target]) == 2:
-                shape = shape[:2]
+            # A convolution's weight [out, in, size, size] is the weight of a linear over what it sees at once.
+            if len(shape) == 4 and shape[2] == shape[3] and len(self.shapes[target]) == 2:
+                shape = shape[0], math.prod(shape[1:])
             if shape != self.shapes[target] or not info.is_floating_point:
                 self._misshapen.append(
                     f"{name} is {info.dtype} {list(info.shape)}, floating point {list(self.shapes[target])} is expected"

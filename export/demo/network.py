@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mvlm.export.demo import world
 from mvlm.export.demo.data import Batch
-from mvlm.export.models import CLIPVisionConfig, MobileLlamaConfig, MobileVLM, MobileVLMConfig
+from mvlm.export.models import CLIPVisionConfig, MobileLlamaConfig, MobileVLM, MobileVLMConfig, PatchEmbedding
 from mvlm.export.models.mobilellama import DecoderLayer, apply_rope, rope_tables
 
 EMBEDDING_STD = 0.06
@@ -56,7 +56,7 @@ def build(config: MobileVLMConfig, seed: int) -> MobileVLM:
     torch.manual_seed(seed)
     model = MobileVLM(config)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not isinstance(module, PatchEmbedding):
             is_output = name.endswith(("o_proj", "down_proj", "out_proj", "fc2"))
             depth = len(model.language_model.layers) if "language" in name else len(model.vision_tower.encoder.layers)
             std = module.in_features**-0.5

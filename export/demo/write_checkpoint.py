@@ -62,6 +62,8 @@ def tower_tensors(model: MobileVLM) -> dict[str, Tensor]:
     whole = CLIPVisionTower(config, select_layer=config.num_hidden_layers)
     torch.set_rng_state(generator_state)
     tensors = unfused(whole, whole.state_dict() | model.vision_tower.state_dict())
+    patch_embedding = tensors["embeddings.patch_embedding.weight"]
+    tensors["embeddings.patch_embedding.weight"] = patch_embedding.unflatten(1, (3, *2 * [config.patch_size]))
     tensors["post_layernorm.weight"] = torch.ones(config.hidden_size)
     tensors["post_layernorm.bias"] = torch.zeros(config.hidden_size)
     return {f"vision_model.{name}": tensor.to(torch.float16).clone() for name, tensor in tensors.items()}

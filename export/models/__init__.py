@@ -4,7 +4,7 @@ Module and parameter names are those of the checkpoints wherever they can be, so
 prefixes (``mvlm.export.checkpoint``) and not a translation. Linears of one input are fused (``fused_linear.py``).
 """
 
-from mvlm.export.models.clip import CLIPVisionConfig, CLIPVisionTower
+from mvlm.export.models.clip import CLIPVisionConfig, CLIPVisionTower, PatchEmbedding
 from mvlm.export.models.fused_linear import FusedLinear, fused_parts, unfused
 from mvlm.export.models.mobilellama import (
     KV_CACHE_TYPES,
@@ -32,6 +32,7 @@ __all__ = [
     "MobileLlamaConfig",
     "MobileVLM",
     "MobileVLMConfig",
+    "PatchEmbedding",
     "PictureInput",
     "TextDecoder",
     "build_kv_cache",

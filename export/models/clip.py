@@ -64,21 +64,39 @@ class CLIPVisionConfig:
         return self.grid_size**2
 
 
+class PatchEmbedding(nn.Linear):
+    """Pictures [B, 3, S, S] to patches [B, P, D].
+
+    A convolution whose stride is its size, held as a linear over a patch's numbers, which is the same arithmetic, so
+    that it can be quantized like any linear. Its weight is the convolution's, flattened: [D, 3 * patch * patch].
+    """
+
+    def __init__(self, hidden_size: int, patch_size: int) -> None:
+        super().__init__(3 * patch_size**2, hidden_size, bias=False)
+        self.patch_size = patch_size
+
+    def forward(self, pixel_values_B3SS: Tensor) -> Tensor:
+        B, channels, S, _ = pixel_values_B3SS.shape
+        size, grid = self.patch_size, S // self.patch_size
+        patches = pixel_values_B3SS.reshape(B, channels, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)
+        return super().forward(patches.reshape(B, grid * grid, channels * size * size))
+
+
 class CLIPVisionEmbeddings(nn.Module):
-    """Patches, a class token in front of them, and learned positions."""
+    """Patches, a class token in front of them, and learned positions, which may be kept in a smaller type."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
+        self.patch_embedding = PatchEmbedding(config.hidden_size, config.patch_size)
         self.position_embedding = nn.Embedding(config.num_patches + 1, config.hidden_size)
 
     def forward(self, pixel_values_B3SS: Tensor) -> Tensor:
-        x_BPD = self.patch_embedding(pixel_values_B3SS).flatten(2).transpose(1, 2)
+        x_BPD = self.patch_embedding(pixel_values_B3SS)
         class_B1D = self.class_embedding.view(1, 1, -1)
         if x_BPD.shape[0] > 1:  # else there would be a copy in the .pte
             class_B1D = class_B1D.expand(x_BPD.shape[0], -1, -1)
-        return torch.cat([class_B1D, x_BPD], dim=1) + self.position_embedding.weight
+        return torch.cat([class_B1D, x_BPD], dim=1) + self.position_embedding.weight.to(x_BPD.dtype)
 
 
 class CLIPAttention(nn.Module):

@@ -42,7 +42,7 @@ SIZES = Sizes(
     num_hidden_layers=2,
 )
 LANGUAGE_LINEARS = 2 * 4 + 1
-VISION_LINEARS = 4 + 2 + 2 * 3  # one block; LDP: two linears, then fc1, fc2 and pointwise of two residuals
+VISION_LINEARS = 1 + 4 + 2 + 2 * 3  # patches; one block; LDP: two linears, then fc1, fc2 and pointwise of two residuals
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_scales_are_what_xnnpack_stores(quantized):
         assert torch.equal(weight.dequantize().float(), weight.qdata.float() * scale)
 
 
-def test_vision_linears_have_8_bits(quantized):
+def test_vision_linears_have_8_bits_and_gates_4(quantized):
     model, report = quantized
     found = {
         f"{part}.{name}": linear
@@ -149,13 +149,48 @@ def test_vision_linears_have_8_bits(quantized):
         for name, linear in linears(getattr(model, part)).items()
     }
     assert len(found) == VISION_LINEARS
-    assert set(found) == {name for name in report if not name.startswith("language_model")}
-    for linear in found.values():
+    positions = {"vision_tower.embeddings.position_embedding"}
+    assert set(found) | positions == {name for name in report if not name.startswith("language_model")}
+    assert sum("squeeze_excite" in name for name in found) == 4
+    for name, linear in found.items():
         weight = linear.weight
         assert isinstance(weight, IntxUnpackedToInt8Tensor)
-        assert weight.target_dtype == torch.int8
-        assert weight.scale.numel() == linear.out_features
         assert weight.activation_quantization == "int8_asym_per_token"
+        if "squeeze_excite" in name:
+            assert weight.target_dtype == torch.int4
+        else:
+            assert weight.target_dtype == torch.int8
+            assert weight.scale.numel() == linear.out_features
+
+
+def test_positions_are_float16(float32, quantized):
+    model, report = quantized
+    name = "vision_tower.embeddings.position_embedding"
+    positions = model.get_submodule(name).weight
+    assert positions.dtype == torch.float16
+    assert torch.equal(positions, float32.get_submodule(name).weight.half())
+    assert report[name].scheme == "float16"
+    assert report[name].num_bytes == 2 * positions.numel()
+    assert 60 < report[name].snr_db < 90
+
+
+def test_patches_have_8_bits_when_the_rest_has_4(float32):
+    schemes = schemes_of(float32, Recipe(vision="int4"))
+    assert schemes["vision_tower.embeddings.patch_embedding"].bits == 8
+    assert schemes["vision_tower.encoder.layers.0.mlp.fc1"].bits == 4
+
+
+def test_vision_in_float32(float32):
+    schemes = schemes_of(float32, Recipe(vision="fp32"))
+    assert {scheme.bits for name, scheme in schemes.items() if not name.startswith("language_model.")} == {32}
+    assert "vision_tower.embeddings.position_embedding" not in schemes
+
+
+def test_gates_whose_width_fits_no_group_have_8_bits(tmp_path):
+    model = open_checkpoint(str(RandomCheckpoint.make(Sizes()).write(tmp_path))).load_model()
+    schemes = schemes_of(model, Recipe())
+    assert schemes["mm_projector.blocks.0.squeeze_excite.fc1"].bits == 4, "64 wide"
+    assert schemes["mm_projector.blocks.0.squeeze_excite.fc2"].bits == 8, "16 wide"
 
 
 def test_embedding_has_8_bits_and_a_scale_per_row(quantized):
@@ -170,10 +205,11 @@ def test_all_else_stays_float32(quantized):
     model, _ = quantized
     integers = {id(child.weight) for child in model.modules() if isinstance(child, nn.Linear)}
     integers.add(id(model.language_model.embed_tokens.weight))
+    integers.add(id(model.vision_tower.embeddings.position_embedding.weight))
     rest = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in integers}
     assert {
-        "vision_tower.embeddings.patch_embedding.weight",
-        "vision_tower.embeddings.position_embedding.weight",
+        "vision_tower.embeddings.class_embedding",
+        "vision_tower.pre_layrnorm.weight",
         "mm_projector.blocks.0.depthwise.conv.weight",
         "mm_projector.blocks.1.pointwise_norm.bias",
         "language_model.layers.1.input_layernorm.weight",
@@ -185,7 +221,10 @@ def test_all_else_stays_float32(quantized):
 
 
 def test_smaller_groups(float32):
-    assert smaller_groups(schemes_of(float32, Recipe()), Recipe()) == {32: ["mlp.down_proj"]}
+    assert smaller_groups(schemes_of(float32, Recipe()), Recipe()) == {
+        32: ["mlp.down_proj"],
+        64: ["squeeze_excite.fc2"],
+    }
     recipe = Recipe(group_size=32)
     assert smaller_groups(schemes_of(float32, recipe), recipe) == {}
     recipe = Recipe(group_size=64, embedding_bits=4)
@@ -205,7 +244,7 @@ def test_how_close_it_stays(float32, quantized):
     before, after = float32, quantized[0]
     ours, theirs = linears(before), linears(after)
     for name, linear in ours.items():
-        least = 15 if name.startswith("language_model") else 30
+        least = 15 if name.startswith("language_model") or "squeeze_excite" in name else 30
         assert snr_db(linear.weight, theirs[name].weight.dequantize()) >= least, name
 
     embedding = before.language_model.embed_tokens.weight
@@ -357,7 +396,7 @@ def test_bytes_in_the_report(quantized):
     assert report["language_model.layers.0.mlp.gate_up_proj"].num_bytes == 704 * 256 // 2 + 704 * 2 * 2
     assert report["language_model.embed_tokens"].num_bytes == SIZES.vocab_size * 256 + SIZES.vocab_size * 4
     for name, layer in report.items():
-        if name != "language_model.embed_tokens":
+        if not name.endswith(("embed_tokens", "position_embedding")):  # those XNNPACK does not store
             weight = quantized[0].get_submodule(name).weight
             assert layer.num_bytes == sum(map(len, packed_weight(weight))), name
 

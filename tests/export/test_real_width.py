@@ -104,7 +104,8 @@ def fill(oracle: nn.Module, checkpoint: Checkpoint, name_of: Callable[[str], str
     """
     for name, parameter in oracle.named_parameters():
         if (ours := name_of(name)) is not None:
-            parameter.copy_(checkpoint.read(ours))
+            # The patches' convolution is a linear of ours.
+            parameter.copy_(checkpoint.read(ours).reshape(parameter.shape))
 
 
 def vision_name(name: str, num_blocks: int) -> str | None:
