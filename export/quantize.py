@@ -142,12 +142,12 @@ def scheme_of(name: str, module: nn.Module, recipe: Recipe) -> Scheme | None:
         bits = recipe.lm_head_bits
     elif name.startswith("language_model."):
         bits = 4
-    elif ".squeeze_excite." in name and recipe.vision == "int8" and module.in_features % MIN_GROUP_SIZE == 0:
-        bits = 4
     else:
         bits = {"int4": 4, "int8": 8, "fp32": 32}[recipe.vision]
         if isinstance(module, PatchEmbedding):
             bits = max(bits, 8)  # no group size divides 3 * 14 * 14
+        elif ".squeeze_excite." in name and bits == 8 and module.in_features % MIN_GROUP_SIZE == 0:
+            bits = 4
     if bits == 4:
         return Scheme(4, fitting_group_size(name, module.in_features, recipe.group_size), recipe.scales)
     return Scheme(bits)

@@ -842,8 +842,7 @@ HWY_INLINE void MultiplyRows4(const Geometry& g, const Scratch& scratch, const P
   for (size_t row = 0; row < p.rows; row += kTile4) {
     const auto multiply = [&](auto rows) HWY_ATTR {
       MultiplyPanel4<decltype(rows)::value>(
-          scratch.Panel(), depth / g.group, g.group,
-          scratch.GroupScales(), scratch.GroupSums(),
+          scratch.Panel(), depth / g.group, g.group, scratch.GroupScales(), scratch.GroupSums(),
           static_cast<const int8_t*>(scratch.Tile(p.first_row + row, k)),
           scratch.Sums(p.first_row + row) + first_group, g.sums_per_row,
           static_cast<float*>(scratch.Outputs()) + row * g.columns);
