@@ -36,8 +36,8 @@ LLAMA = "executorch.extension.llm.custom_ops.custom_ops"
 
 #: Linears of the demo's language model: four in each of four layers, and lm_head.
 TEXT_LINEARS = 17
-#: Of its vision encoder: four in each of five layers, and eight in the projector.
-VISION_LINEARS = 28
+#: Of its vision encoder: the patches, four in each of five layers, and eight in the projector.
+VISION_LINEARS = 29
 
 
 @pytest.fixture(scope="module")
