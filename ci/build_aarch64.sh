@@ -63,15 +63,15 @@ wanted="executorch $executorch, ${libraries[*]}, $(declare -f fetch_debian | sha
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   work=$(mktemp -d "$PWD/build/aarch64-fetch.XXXXXX")
   say "fetching arm64 libraries of this machine's Debian: ${libraries[*]}"
-  fetch_debian "$work" "$work/root"
+  fetch_debian "$work" "$work/sysroot"
   say "fetching executorch $executorch for aarch64"
   .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
     --platform manylinux_2_28_aarch64 --implementation cp --dest "$work/wheel" "executorch==$executorch"
-  .venv/bin/python -m zipfile -e "$work"/wheel/executorch-*.whl "$work/root/opt"
-  printf '%s' "$wanted" > "$work/root/made-by"
+  .venv/bin/python -m zipfile -e "$work"/wheel/executorch-*.whl "$work/sysroot/opt"
+  printf '%s' "$wanted" > "$work/sysroot/made-by"
   # Paths of the sysroot are in the build folder's cache, so both are made anew.
   rm -rf "$sysroot" build/aarch64
-  mv "$work/root" "$sysroot"
+  mv "$work/sysroot" "$sysroot"
 fi
 
 # ---- Build -----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ BYTES_PER_LAYER_WEIGHT = 5
 #: What capturing and lowering take whatever the size: graphs, passes, delegates.
 LOWERING_MEMORY = 80 * _MIB
 #: Peaks of one and the same export differ by some percent; what is estimated is meant to be above them all.
-MEMORY_MARGIN = 1.15
+MEMORY_MARGIN = 1.13
 #: Seconds on two cores of 2021 (Zen 3): whatever the size, and for each weight.
 BASE_SECONDS = 40.0
 SECONDS_PER_WEIGHT = 28e-9

@@ -836,30 +836,37 @@ struct Panel {
   float scales[kMaxColumns];  // 8 bits only
 };
 
+// Calls multiply(number of rows as a type) for a register tile of `rows` rows, or of as many as
+// there are in one. Both kernels' have four.
+template <class Multiply>
+HWY_INLINE void MultiplyTile(size_t rows, const Multiply& multiply) {
+  static_assert(kTile4 == 4 && kRegisterRows8 == 4);
+  switch (rows) {
+    case 1:
+      multiply(std::integral_constant<size_t, 1>());
+      break;
+    case 2:
+      multiply(std::integral_constant<size_t, 2>());
+      break;
+    case 3:
+      multiply(std::integral_constant<size_t, 3>());
+      break;
+    default:
+      multiply(std::integral_constant<size_t, 4>());
+  }
+}
+
 HWY_INLINE void MultiplyRows4(const Geometry& g, const Scratch& scratch, const Panel& p, size_t k,
                               size_t depth) {
   const size_t first_group = k / g.group;
   for (size_t row = 0; row < p.rows; row += kTile4) {
-    const auto multiply = [&](auto rows) HWY_ATTR {
+    MultiplyTile(p.rows - row, [&](auto rows) HWY_ATTR {
       MultiplyPanel4<decltype(rows)::value>(
           scratch.Panel(), depth / g.group, g.group, scratch.GroupScales(), scratch.GroupSums(),
           static_cast<const int8_t*>(scratch.Tile(p.first_row + row, k)),
           scratch.Sums(p.first_row + row) + first_group, g.sums_per_row,
           static_cast<float*>(scratch.Outputs()) + row * g.columns);
-    };
-    switch (p.rows - row) {
-      case 1:
-        multiply(std::integral_constant<size_t, 1>());
-        break;
-      case 2:
-        multiply(std::integral_constant<size_t, 2>());
-        break;
-      case 3:
-        multiply(std::integral_constant<size_t, 3>());
-        break;
-      default:
-        multiply(std::integral_constant<size_t, 4>());
-    }
+    });
   }
 }
 
@@ -872,22 +879,11 @@ HWY_INLINE void MultiplyRows8(const Geometry& g, const Scratch& scratch, const P
   for (size_t begin = 0; begin < p.rows; begin += together) {
     const size_t end = std::min(p.rows, begin + together);
     for (size_t row = begin; row < end; row += kRegisterRows8) {
-      const auto multiply = [&](auto rows) HWY_ATTR {
+      MultiplyTile(end - row, [&](auto rows) HWY_ATTR {
         MultiplyPanel8<decltype(rows)::value>(
             scratch.Panel(), depth, tiles + row / kTile8 * tile_bytes + row % kTile8 * 4,
             sums + row * g.columns);
-      };
-      // There is room for rows that do not exist.
-      switch (end - row) {
-        case 1:
-          multiply(std::integral_constant<size_t, 1>());
-          break;
-        case 2:
-          multiply(std::integral_constant<size_t, 2>());
-          break;
-        default:
-          multiply(std::integral_constant<size_t, kRegisterRows8>());
-      }
+      });
     }
     for (size_t column = 0; column < g.columns; ++column) {
       if (k != 0 && excess_counts[column] == 0) continue;

