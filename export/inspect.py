@@ -108,6 +108,8 @@ _XNNPACK_DATATYPES = {
     "qcint4": "int4 per channel",
     "qbint4": "int4 in groups",
 }
+#: Quantization with scales in constants -> bytes of a scale: bfloat16, float32.
+_SCALE_BYTES = {"PerChannelGroupQuant": 2, "PerChannelQuant": 4}
 _XNNPACK = "XnnpackBackend"
 _UINT64_MAX = 2**64 - 1
 
@@ -536,16 +538,37 @@ class _Program:
 
 
 @dataclass(frozen=True)
+class _Linear:
+    """A FullyConnected node with a constant weight.
+
+    Attributes:
+        rows: of its input at the most.
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        kind: of weights: ``int4 in groups of 128``.
+        scale_bytes: of all scales of the weight.
+    """
+
+    rows: int
+    in_features: int
+    out_features: int
+    kind: str
+    scale_bytes: int
+
+
+@dataclass(frozen=True)
 class _Graph:
     """An XNNPACK delegate's blob.
 
     Attributes:
         nodes: what it computes -> how often.
+        linears: in order; nodes, too.
         named: key of named data -> what it is.
         inline: (what it is, bytes) of each constant in the blob itself.
     """
 
     nodes: Mapping[str, int]
+    linears: tuple[_Linear, ...]
     named: Mapping[str, str]
     inline: tuple[tuple[str, int], ...]
 
@@ -562,20 +585,24 @@ def _read_graph(blob: memoryview) -> _Graph:
     graph = fb.XNNGraph.GetRootAs(blob, 0)
     constants: dict[int, str] = {}  # index of constant data -> what it is
     kind_of_value: dict[int, str] = {}
+    tensors: dict[int, tuple[Any, str, Any]] = {}
     for value in _items(graph.XvaluesLength(), graph.Xvalues):
         tensor, quantization, parameters = _tensor_value(fb, value)
         kind = _kind(fb, tensor.Datatype(), quantization, parameters)
         kind_of_value[tensor.IdOut()] = kind
+        tensors[tensor.IdOut()] = (tensor, quantization, parameters)
         if tensor.ConstantBufferIdx():
             constants[tensor.ConstantBufferIdx()] = kind
             if quantization in ("PerChannelQuant", "PerChannelGroupQuant") and parameters.ScaleBufferIdx():
                 constants[parameters.ScaleBufferIdx()] = f"scales of {kind}"
 
-    nodes = Counter(
-        _node(fb, node, kind_of_value)
-        for node in _items(graph.XnodesLength(), graph.Xnodes)
-        if node.XnodeUnionType() != fb.XNodeUnion.NONE
-    )
+    nodes: Counter[str] = Counter()
+    linears = []
+    for node in _items(graph.XnodesLength(), graph.Xnodes):
+        if node.XnodeUnionType() != fb.XNodeUnion.NONE:
+            nodes[_node(fb, node, kind_of_value)] += 1
+        if node.XnodeUnionType() == fb.XNodeUnion.XNNFullyConnected:
+            linears += _linear(fb, _cast(node.XnodeUnion(), fb.XNNFullyConnected), tensors)
     named, inline = {}, []
     for index, constant in enumerate(_items(graph.ConstantDataLength(), graph.ConstantData)):
         kind = constants.get(index, "not referred to")
@@ -586,7 +613,23 @@ def _read_graph(blob: memoryview) -> _Graph:
     for index, buffer in enumerate(_items(graph.ConstantBufferLength(), graph.ConstantBuffer)):
         if index and buffer.StorageLength():
             inline.append((constants.get(index, "not referred to"), buffer.StorageLength()))
-    return _Graph(dict(sorted(nodes.items())), named, tuple(inline))
+    return _Graph(dict(sorted(nodes.items())), tuple(linears), named, tuple(inline))
+
+
+def _linear(fb: ModuleType, node: Any, tensors: Mapping[int, tuple[Any, str, Any]]) -> Iterator[_Linear]:
+    """The linear, if its weight is a constant matrix."""
+    weight, quantization, parameters = tensors[node.FilterId()]
+    shape = tuple(_items(weight.DimsLength(), weight.Dims))
+    if not weight.ConstantBufferIdx() or len(shape) != 2 or not math.prod(shape):
+        return
+    out_features, in_features = shape
+    activation, _, _ = tensors[node.Input1Id()]
+    rows = math.prod(_items(activation.DimsLength(), activation.Dims)) // in_features
+    scale_bytes = 0
+    if quantization in _SCALE_BYTES:
+        groups = in_features // parameters.GroupSize() if quantization == "PerChannelGroupQuant" else 1
+        scale_bytes = out_features * groups * _SCALE_BYTES[quantization]
+    yield _Linear(rows, in_features, out_features, _kind(fb, weight.Datatype(), quantization, parameters), scale_bytes)
 
 
 def _tensor_value(fb: ModuleType, value: Any) -> tuple[Any, str, Any]:

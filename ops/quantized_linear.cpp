@@ -18,15 +18,16 @@
 //   The order of k within the buffer is the one that unpacking gives for free. The quantized rows
 //   are permuted alike, by (0 2 4 6 1 3 5 7).
 //
-//   8 bits: 32 bits are 4 k, u = q + 128 is the unsigned side of vpmaddubsw, two of its results are
-//   added in 16 bits, and vpmaddwd with ones widens the sum: five instructions for 8 k, where
-//   widening both sides first would take eight. Such a sum of four products fits 16 bits unless its
-//   weights of one sign add up to more than 128: of 1024 columns with normally distributed weights
-//   15 % of the sums do not, with longer tails fewer (2 % for Student's t with 5 degrees of
-//   freedom), uniformly distributed 80 %. Weights that are too many are zeroed in the buffer,
-//   listed, and multiplied apart, with rows in the lanes: exact for whatever weights, and the
-//   faster the fewer there are.
-//     sum (q - zero_point) * weight = sum u * weight - (128 + zero_point) * sum weight.
+//   8 bits: 32 bits are 4 k, u = q + 128 - minimum is the unsigned side of vpmaddubsw, two of its
+//   results are added in 16 bits, and vpmaddwd with ones widens the sum: five instructions for 8 k,
+//   where widening both sides first would take eight. Such a sum of four products may not fit 16
+//   bits. What it can be at most is known: `minimum` is that of all rows at this k, and u is at
+//   most the range of q there, which is narrow where others span the rows' scales. Weights that
+//   are too many are zeroed in the buffer, listed, and multiplied apart, with rows in the lanes:
+//   exact for whatever weights, and the faster the fewer there are. In a vision encoder with
+//   normally distributed weights up to 6 % of the sums do not fit.
+//     sum (q - zero_point) * weight = sum u * weight + sum minimum * weight
+//                                     - (128 + zero_point) * sum weight.
 //
 // Few rows. Unpacking into a buffer would not pay: lanes hold k, and a row of weights is streamed
 // through once, from memory to the sum. That is bound by memory.
@@ -83,9 +84,9 @@ constexpr size_t RoundUp(size_t value, size_t multiple) {
 }
 constexpr size_t DivideUp(size_t value, size_t divisor) { return (value + divisor - 1) / divisor; }
 
-// 8 bits: the positive and the negative weights of a sum in 16 bits add up to at most this much.
-constexpr int16_t kSafeWeights = 128;
-static_assert(255 * kSafeWeights <= 32767);
+// 8 bits: k whose minima are looked for together, 1 KiB of a tile.
+constexpr size_t kMinimaDepth = 64;
+static_assert(kMinimaDepth % kMaxBytes == 0 && kDepth8 % kMinimaDepth == 0);
 
 // How a row was quantized.
 struct RowScale {
@@ -125,7 +126,8 @@ struct Geometry {
     const size_t padded_rows = few_rows ? rows : RoundUp(rows, tile);
     scales_at = RoundUp(padded_rows * row_bytes, kMaxBytes);
     sums_at = scales_at + RoundUp(rows * sizeof(RowScale), kMaxBytes);
-    workers_at = sums_at + RoundUp(rows * sums_per_row * sizeof(int32_t), kMaxBytes);
+    minima_at = sums_at + RoundUp(rows * sums_per_row * sizeof(int32_t), kMaxBytes);
+    workers_at = minima_at + (group == 0 && !few_rows ? 2 * row_bytes : 0);
 
     // Everything is aligned to a vector.
     worker_bytes = RoundUp(in, kMaxBytes);
@@ -142,7 +144,7 @@ struct Geometry {
       worker_bytes += (kPage + kPage / 2 - at) % kPage;
     }
     panel_at = add(columns * depth);
-    group_sums_at = add(columns * (group == 0 ? 1 : depth / group) * sizeof(int32_t));
+    group_sums_at = add(columns * (group == 0 ? 2 : depth / group) * sizeof(int32_t));
     outputs_at = add(task_rows * columns * sizeof(float));
     if (group != 0) {
       group_scales_at = add(columns * (depth / group) * sizeof(float));
@@ -172,11 +174,12 @@ struct Geometry {
   size_t sums_per_row;
   size_t scales_at;
   size_t sums_at;
+  size_t minima_at;
   size_t workers_at;
 
   // Scratch memory of a worker, which starts with a quantized row.
   size_t panel_at = 0;
-  size_t group_sums_at = 0;  // 8 bits: of the whole column
+  size_t group_sums_at = 0;  // 8 bits: of the whole column, and of its products with the minima
   size_t outputs_at = 0;
   size_t group_scales_at = 0;
   size_t excess_at = 0;
@@ -212,6 +215,10 @@ class Scratch {
 
   // Of few rows, per group.
   int32_t* ZeroPoints(size_t row) const { return Sums(row) + g_.groups * kMaxLanes; }
+
+  // 8 bits, many rows: per k, half of the minimum, which is even, and how far above it numbers are.
+  uint8_t* HalfMinima() const { return reinterpret_cast<uint8_t*>(shared_ + g_.minima_at); }
+  uint8_t* Ranges() const { return HalfMinima() + g_.row_bytes; }
 
   int8_t* Quantized() const { return reinterpret_cast<int8_t*>(own_); }
   uint8_t* Panel() const { return reinterpret_cast<uint8_t*>(own_ + g_.panel_at); }
@@ -290,7 +297,7 @@ size_t VectorLanes() { return hn::Lanes(FloatTag()); }
 
 #if HWY_TARGET != HWY_SCALAR
 // Sums of pairs of products: out[i] = u[2 i] * s[2 i] + u[2 i + 1] * s[2 i + 1], unsigned times
-// signed. The caller sees to it that the sum fits 16 bits.
+// signed. A sum that does not fit 16 bits saturates.
 template <class D16, class VU, class VS>
 HWY_INLINE hn::Vec<D16> MultiplyPairs8(D16 d16, VU u, VS s) {
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
@@ -309,7 +316,7 @@ HWY_INLINE hn::Vec<D16> MultiplyPairs8(D16 d16, VU u, VS s) {
   const auto u_odd = hn::BitCast(d16, hn::ShiftRight<8>(u_pair));
   const auto s_even = hn::ShiftRight<8>(hn::ShiftLeft<8>(s_pair));
   const auto s_odd = hn::ShiftRight<8>(s_pair);
-  return hn::Add(hn::Mul(u_even, s_even), hn::Mul(u_odd, s_odd));
+  return hn::SaturatedAdd(hn::Mul(u_even, s_even), hn::Mul(u_odd, s_odd));
 #endif
 }
 
@@ -617,39 +624,98 @@ HWY_NOINLINE void MultiplyPanel4(const uint8_t* HWY_RESTRICT panel, size_t group
 
 // ------------------------------------------------------------------------------ many rows, 8 bits
 
+// Subtracts the minima of the numbers at kMinimaDepth k, from k on, from all rows.
+HWY_INLINE void SubtractMinima(const Geometry& g, const Scratch& scratch, size_t k) {
+  constexpr size_t kWords = kMinimaDepth / 4;
+  constexpr size_t kWordBytes = 4 * kTile8;
+  const Bytes<kMaxBytes> d;
+  const size_t bytes = hn::Lanes(d);
+  const size_t panel = k / g.depth * g.depth;
+  const auto tile_at = [&](size_t row) {
+    return static_cast<uint8_t*>(scratch.Tile(row, panel)) + (k - panel) / 4 * kWordBytes;
+  };
+  HWY_ALIGN uint8_t low[kWords * kMaxBytes];
+  HWY_ALIGN uint8_t high[kWords * kMaxBytes];
+  std::fill_n(low, sizeof(low), uint8_t{255});
+  std::fill_n(high, sizeof(high), uint8_t{0});
+  for (size_t row = 0; row < g.rows; row += kTile8) {
+    const uint8_t* const tile = tile_at(row);
+    for (size_t word = 0; word < kWords; ++word) {
+      auto smallest = hn::Load(d, low + word * bytes);
+      auto largest = hn::Load(d, high + word * bytes);
+      for (size_t i = 0; i < kWordBytes; i += bytes) {
+        const auto u = hn::Load(d, tile + word * kWordBytes + i);
+        smallest = hn::Min(smallest, u);
+        largest = hn::Max(largest, u);
+      }
+      hn::Store(smallest, d, low + word * bytes);
+      hn::Store(largest, d, high + word * bytes);
+    }
+  }
+  uint8_t minima[kMinimaDepth];
+  for (size_t word = 0; word < kWords; ++word) {
+    for (size_t i = 0; i < 4; ++i) {
+      uint8_t smallest = 255, largest = 0;
+      for (size_t at = word * bytes + i; at < (word + 1) * bytes; at += 4) {
+        smallest = std::min(smallest, low[at]);
+        largest = std::max(largest, high[at]);
+      }
+      const uint8_t half = smallest / 2;
+      minima[4 * word + i] = static_cast<uint8_t>(2 * half);
+      scratch.HalfMinima()[k + 4 * word + i] = half;
+      scratch.Ranges()[k + 4 * word + i] = static_cast<uint8_t>(largest - 2 * half);
+    }
+  }
+  for (size_t row = 0; row < g.rows; row += kTile8) {
+    uint8_t* const tile = tile_at(row);
+    for (size_t word = 0; word < kWords; ++word) {
+      const auto minimum = Broadcast32(d, minima + 4 * word);
+      for (size_t i = 0; i < kWordBytes; i += bytes) {
+        uint8_t* const at = tile + word * kWordBytes + i;
+        hn::Store(hn::Sub(hn::Load(d, at), minimum), d, at);
+      }
+    }
+  }
+}
+
 // Takes weights from `first` and `second`, each four k of as many columns as there are lanes, until
-// sums of their products fit 16 bits. What was taken is handed to list(weights, is_second): sums of
-// products of it fit as well.
-template <class D, class List>
-HWY_INLINE void TakeExcess(D d, hn::Vec<D>& first, hn::Vec<D>& second, const List& list) {
-  const hn::Repartition<uint8_t, D> du;
+// sums of their products fit 16 bits; the other factors are 0 to `first_range` and `second_range`.
+// What was taken is handed to list(weights, is_second): sums of products of it fit as well.
+template <class D, class VU, class List>
+HWY_INLINE void TakeExcess(D d, VU first_range, VU second_range, hn::Vec<D>& first,
+                           hn::Vec<D>& second, const List& list) {
   const hn::Repartition<int16_t, D> d16;
   using V = hn::Vec<D>;
   using V16 = hn::Vec<decltype(d16)>;
-  const auto ones = hn::Set(du, 1);
-  const auto positive = [&](V w) HWY_ATTR {
-    return MultiplyPairs8(d16, ones, hn::Max(w, hn::Zero(d)));
+  // The largest and the smallest sum that there can be.
+  const auto positive = [&](VU range, V w) HWY_ATTR {
+    return MultiplyPairs8(d16, range, hn::Max(w, hn::Zero(d)));
   };
-  const auto negative = [&](V w) HWY_ATTR {
-    return MultiplyPairs8(d16, ones, hn::Min(w, hn::Zero(d)));
+  const auto negative = [&](VU range, V w) HWY_ATTR {
+    return MultiplyPairs8(d16, range, hn::Min(w, hn::Zero(d)));
   };
-  const auto too_large = [&](V16 positive_sum, V16 negative_sum) HWY_ATTR {
+  // Where sums saturated, or nearly.
+  const auto too_large = [&](V16 largest, V16 smallest) HWY_ATTR {
     return hn::BitCast(
-        d, hn::VecFromMask(d16, hn::Or(hn::Gt(positive_sum, hn::Set(d16, kSafeWeights)),
-                                       hn::Lt(negative_sum, hn::Set(d16, -kSafeWeights)))));
+        d, hn::VecFromMask(d16, hn::Or(hn::Eq(largest, hn::Set(d16, 32767)),
+                                       hn::Eq(smallest, hn::Set(d16, -32768)))));
   };
   const auto both_too_large = [&] HWY_ATTR {
-    return too_large(hn::Add(positive(first), positive(second)),
-                     hn::Add(negative(first), negative(second)));
+    return too_large(
+        hn::SaturatedAdd(positive(first_range, first), positive(second_range, second)),
+        hn::SaturatedAdd(negative(first_range, first), negative(second_range, second)));
   };
   const auto none = [&](V v) HWY_ATTR { return hn::AllTrue(d, hn::Eq(v, hn::Zero(d))); };
 
   V excess = both_too_large();
   if (none(excess)) return;
   // A pair that is too large by itself is split.
-  const V even = hn::BitCast(d, hn::Set(d16, 0x00ff));
-  const V first_even = hn::And(even, too_large(positive(first), negative(first)));
-  const V second_even = hn::And(even, too_large(positive(second), negative(second)));
+  const auto even_of_too_large = [&](VU range, V w) HWY_ATTR {
+    return hn::And(hn::BitCast(d, hn::Set(d16, 0x00ff)),
+                   too_large(positive(range, w), negative(range, w)));
+  };
+  const V first_even = even_of_too_large(first_range, first);
+  const V second_even = even_of_too_large(second_range, second);
   if (!none(hn::Or(first_even, second_even))) {
     list(hn::And(first, first_even), false);
     list(hn::And(second, second_even), true);
@@ -661,11 +727,12 @@ HWY_INLINE void TakeExcess(D d, hn::Vec<D>& first, hn::Vec<D>& second, const Lis
   second = hn::AndNot(excess, second);
 }
 
-// Unpacks `depth` k (a multiple of 16) of the columns whose weights start at `rows`: panel[k /
-// 4][column][4]. Only `available` k may be read; the rest become zeros. Adds to the columns' sums
-// of weights, and lists what is multiplied apart: counts[column] of scratch.ExcessOf(column).
-HWY_INLINE void UnpackPanel8(const uint8_t* const* rows, size_t available, size_t depth,
-                             const Scratch& scratch, size_t* HWY_RESTRICT counts) {
+// Unpacks `depth` k (a multiple of 16) from first_k on of the columns whose weights start at
+// `rows`: panel[k / 4][column][4]. Only `available` k may be read; the rest become zeros. Adds to
+// the columns' sums, and lists what is multiplied apart: counts[column] of
+// scratch.ExcessOf(column).
+HWY_INLINE void UnpackPanel8(const uint8_t* const* rows, size_t first_k, size_t available,
+                             size_t depth, const Scratch& scratch, size_t* HWY_RESTRICT counts) {
   const Bytes<kMaxBytes> d;
   const hn::Repartition<int8_t, decltype(d)> d8;
   const hn::Repartition<int16_t, decltype(d)> d16;
@@ -674,6 +741,9 @@ HWY_INLINE void UnpackPanel8(const uint8_t* const* rows, size_t available, size_
   const size_t lanes = bytes / 4;
   const auto ones8 = hn::Set(d, 1);
   const auto ones16 = hn::Set(d16, 1);
+  const auto twos16 = hn::Set(d16, 2);
+  const uint8_t* const half_minima = scratch.HalfMinima() + first_k;
+  const uint8_t* const ranges = scratch.Ranges() + first_k;
   HWY_ALIGN uint8_t rest[kMaxColumns * 16];
   const uint8_t* rest_rows[kMaxColumns];
   std::fill_n(counts, 2 * lanes, 0);
@@ -681,7 +751,9 @@ HWY_INLINE void UnpackPanel8(const uint8_t* const* rows, size_t available, size_
     uint8_t* const panel = scratch.Panel() + vector * bytes;
     Excess* const excess = scratch.ExcessOf(vector * lanes);
     int32_t* const column_sums = scratch.GroupSums() + vector * lanes;
+    int32_t* const minima_sums = column_sums + 2 * lanes;
     auto sums = hn::Load(d32, column_sums);
+    auto products = hn::Load(d32, minima_sums);
     auto first = hn::Zero(d8);
     for (size_t k = 0; k < depth; k += 16) {
       const uint8_t* const* from = rows;
@@ -705,7 +777,15 @@ HWY_INLINE void UnpackPanel8(const uint8_t* const* rows, size_t available, size_
             hn::Add(MultiplyPairs8(d16, ones8, first), MultiplyPairs8(d16, ones8, second));
         sums = hn::Add(sums, MultiplyPairs16(d32, four, ones16));
         const size_t word = k / 4 + i - 1;
-        TakeExcess(d8, first, second, [&](hn::Vec<decltype(d8)> weights, bool is_second) HWY_ATTR {
+        // At most 2 * 127 * 128 in magnitude.
+        const auto first_half = MultiplyPairs8(d16, Broadcast32(d, half_minima + 4 * word), first);
+        const auto second_half =
+            MultiplyPairs8(d16, Broadcast32(d, half_minima + 4 * word + 4), second);
+        products = hn::Add(products, hn::Add(MultiplyPairs16(d32, first_half, twos16),
+                                             MultiplyPairs16(d32, second_half, twos16)));
+        TakeExcess(d8, Broadcast32(d, ranges + 4 * word), Broadcast32(d, ranges + 4 * word + 4),
+                   first, second,
+                   [&](hn::Vec<decltype(d8)> weights, bool is_second) HWY_ATTR {
           HWY_ALIGN int32_t taken[kMaxLanes] = {};
           hn::Store(hn::BitCast(d32, weights), d32, taken);
           // Without branches, which nobody could predict.
@@ -720,6 +800,7 @@ HWY_INLINE void UnpackPanel8(const uint8_t* const* rows, size_t available, size_
       });
     }
     hn::Store(sums, d32, column_sums);
+    hn::Store(products, d32, minima_sums);
   }
 }
 
@@ -943,13 +1024,15 @@ HWY_INLINE void StoreOutputs8(const LinearCall& call, const Geometry& g, const S
     const auto bias = hn::LoadU(d, p.bias + vector * lanes);
     const auto scales = hn::LoadU(d, p.scales + vector * lanes);
     const auto column_sums = hn::Load(d32, scratch.GroupSums() + vector * lanes);
+    const auto minima_sums = hn::Load(d32, scratch.GroupSums() + (2 + vector) * lanes);
     for (size_t first = 0; first < p.rows; first += 4) {
       Transpose32(d8, excess + vector * lanes, first * sizeof(int32_t),
                   [&](size_t i, hn::Vec<decltype(d8)> apart) HWY_ATTR {
         const size_t row = first + i;
         if (row >= p.rows) return;
         const RowScale& scale = scratch.Scales()[p.first_row + row];
-        const auto offset = hn::Mul(column_sums, hn::Set(d32, 128 + scale.zero_point));
+        const auto offset = hn::Sub(
+            hn::Mul(column_sums, hn::Set(d32, 128 + scale.zero_point)), minima_sums);
         const auto sum = hn::Sub(hn::Add(hn::Load(d32, sums + row * g.columns + vector * lanes),
                                          hn::BitCast(d32, apart)),
                                  offset);
@@ -986,14 +1069,14 @@ HWY_INLINE void MultiplyPanel(const LinearCall& call, const Geometry& g, size_t 
   }
   std::memset(scratch.Outputs(), 0, p.rows * g.columns * sizeof(float));
 
-  if (g.group == 0) std::memset(scratch.GroupSums(), 0, g.columns * sizeof(int32_t));
+  if (g.group == 0) std::memset(scratch.GroupSums(), 0, 2 * g.columns * sizeof(int32_t));
 
   for (size_t k = 0; k < g.in; k += g.depth) {
     const size_t available = std::min(g.depth, g.in - k);
     if (g.group == 0) {
       const size_t depth = RoundUp(available, 16);
       size_t excess_counts[kMaxColumns];
-      UnpackPanel8(weights, available, depth, scratch, excess_counts);
+      UnpackPanel8(weights, k, available, depth, scratch, excess_counts);
       MultiplyRows8(g, scratch, p, k, depth, excess_counts);
     } else {
       UnpackPanel4(weights, available, scratch.Panel());
@@ -1283,6 +1366,10 @@ void QuantizeRowsHere(const LinearCall& call, size_t begin, size_t end, size_t w
         // Unsigned: q + 128.
         for (size_t i = 0; i < padded; ++i) quantized[i] = static_cast<int8_t>(quantized[i] ^ 0x80);
         StoreInTile(g, scratch, row, quantized);
+        // The last one fills its tile, so that the minima are of rows only.
+        for (size_t i = row + 1; row + 1 == g.rows && i % g.tile != 0; ++i) {
+          StoreInTile(g, scratch, i, quantized);
+        }
       }
       continue;
     }
@@ -1307,6 +1394,11 @@ void QuantizeRowsHere(const LinearCall& call, size_t begin, size_t end, size_t w
   }
 }
 
+void SubtractMinimaHere(const LinearCall& call, size_t part) {
+  const Geometry g(*call.linear, call.rows, VectorLanes());
+  SubtractMinima(g, Scratch(call, g, 0), part * kMinimaDepth);
+}
+
 void MultiplyTaskHere(const LinearCall& call, size_t task, size_t worker) {
   const Geometry g(*call.linear, call.rows, VectorLanes());
   const Scratch scratch(call, g, worker);
@@ -1328,6 +1420,8 @@ void QuantizeRowsHere(const LinearCall& call, size_t begin, size_t end, size_t w
         QuantizeRow(call.input + row * g.in, g.in, static_cast<int8_t*>(scratch.Row(row)));
   }
 }
+
+void SubtractMinimaHere(const LinearCall&, size_t) {}
 
 void MultiplyTaskHere(const LinearCall& call, size_t task, size_t worker) {
   const QuantizedLinear& linear = *call.linear;
@@ -1379,6 +1473,7 @@ namespace mvlm {
 namespace {
 HWY_EXPORT(VectorLanes);
 HWY_EXPORT(QuantizeRowsHere);
+HWY_EXPORT(SubtractMinimaHere);
 HWY_EXPORT(MultiplyTaskHere);
 HWY_EXPORT(TargetName);
 
@@ -1418,6 +1513,15 @@ size_t LinearScratchBytes(const QuantizedLinear& linear, int64_t rows, int64_t t
 void QuantizeRows(const LinearCall& call, int64_t begin, int64_t end, int64_t worker) {
   HWY_DYNAMIC_DISPATCH(QuantizeRowsHere)
   (call, static_cast<size_t>(begin), static_cast<size_t>(end), static_cast<size_t>(worker));
+}
+
+int64_t MinimaParts(const LinearCall& call) {
+  const Geometry g = GeometryOf(*call.linear, call.rows);
+  return g.group == 0 && !g.few_rows ? static_cast<int64_t>(DivideUp(g.in, kMinimaDepth)) : 0;
+}
+
+void SubtractMinima(const LinearCall& call, int64_t part) {
+  HWY_DYNAMIC_DISPATCH(SubtractMinimaHere)(call, static_cast<size_t>(part));
 }
 
 int64_t LinearTasks(const LinearCall& call) {

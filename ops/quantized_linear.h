@@ -62,11 +62,19 @@ struct LinearCall {
 // Quantizes rows begin .. end - 1 into the scratch memory, as the worker with this number.
 void QuantizeRows(const LinearCall& call, int64_t begin, int64_t end, int64_t worker);
 
+// Number of parts that SubtractMinima() consists of: 0 unless many rows are multiplied by 8 bit
+// weights.
+int64_t MinimaParts(const LinearCall& call);
+
+// Runs one part, 0 <= part < MinimaParts(call). All rows must have been quantized.
+void SubtractMinima(const LinearCall& call, int64_t part);
+
 // Number of tasks that multiplying consists of.
 int64_t LinearTasks(const LinearCall& call);
 
 // Runs one task, 0 <= task < LinearTasks(call), as the worker with this number: workers that run at
-// the same time must have different numbers. All rows must have been quantized.
+// the same time must have different numbers. All rows must have been quantized, and all minima
+// subtracted.
 void MultiplyTask(const LinearCall& call, int64_t task, int64_t worker);
 
 // Work below this many multiply-adds is done by one worker: waking a second one costs more.
@@ -106,6 +114,11 @@ void RunQuantizedLinear(const QuantizedLinear& linear, const float* input, int64
            [&](int64_t i, int64_t worker) {
              QuantizeRows(call, i * kRowsAtOnce, std::min(rows, (i + 1) * kRowsAtOnce), worker);
            });
+  const int64_t parts = MinimaParts(call);
+  // Here it takes about as long as two.
+  for_each(parts,
+           std::min({threads, parts, rows * linear.in * 2 / kMinLinearMultiplyAddsPerWorker}),
+           [&](int64_t part, int64_t) { SubtractMinima(call, part); });
   const int64_t tasks = LinearTasks(call);
   const int64_t workers =
       std::min({threads, tasks, rows * linear.in * linear.out / kMinLinearMultiplyAddsPerWorker});

@@ -5,7 +5,6 @@ An ETDump knows an instruction only by its number. This is the other side of tha
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -166,9 +165,9 @@ def _delegate_call(program: Any, delegate: Any) -> tuple[Instruction, tuple[Any,
     if graph is None:
         return Instruction(event, "XNNPACK, not readable", "XNNPACK, not readable", None), (backend, None)
     kind, nodes = _delegate_kind(graph.nodes), tuple(graph.nodes.items())
-    shapes = _linear_shapes(_blob(program, delegate))
+    shapes = tuple((linear.in_features, linear.out_features) for linear in graph.linears)
     if shapes and kind.startswith("linear, ") and " + " not in kind:
-        widths = ", ".join(f"{width_in} → {width_out}" for width_out, width_in in shapes)
+        widths = ", ".join(f"{width_in} → {width_out}" for width_in, width_out in shapes)
         others = [node for node in graph.nodes if node != "Convert" and not node.startswith("FullyConnected")]
         name = ", ".join([f"linear{'s' if len(shapes) > 1 else ''} {widths}", kind.removeprefix("linear, "), *others])
     else:
@@ -184,34 +183,6 @@ def _delegate_kind(nodes: Iterable[str]) -> str:
         if match:  # inspect names the weights of those that have any
             kinds.append(f"{'linear' if match[1] == 'FullyConnected' else 'convolution'}, {match[2]}")
     return " + ".join(sorted(set(kinds))) or "delegates without weights"
-
-
-def _blob(program: Any, delegate: Any) -> Any:
-    (where, index), size = program.blob(delegate)
-    if where == "segment":
-        start = program.segments[index].start
-        return program.data[start : start + size]
-    return inspect._bytes(program.root.BackendDelegateData(index).DataAsNumpy())
-
-
-def _linear_shapes(blob: Any) -> tuple[tuple[int, ...], ...]:
-    """Shapes [out, in] of the weights of an XNNPACK delegate's linears."""
-    if blob[4:8] == b"XH00":
-        offset, size = (int.from_bytes(blob[at : at + 4], "little") for at in (10, 14))
-        blob = blob[offset : offset + size]
-    fb = inspect._bindings(inspect._XNNPACK_SCHEMA)
-    graph = fb.XNNGraph.GetRootAs(blob, 0)
-    shapes = {}
-    for value in inspect._items(graph.XvaluesLength(), graph.Xvalues):
-        tensor, _, _ = inspect._tensor_value(fb, value)
-        shapes[tensor.IdOut()] = tuple(inspect._items(tensor.DimsLength(), tensor.Dims))
-    linears = [
-        inspect._cast(node.XnodeUnion(), fb.XNNFullyConnected)
-        for node in inspect._items(graph.XnodesLength(), graph.Xnodes)
-        if node.XnodeUnionType() == fb.XNodeUnion.XNNFullyConnected
-    ]
-    found = [shapes.get(linear.FilterId(), ()) for linear in linears]
-    return tuple(shape for shape in found if len(shape) == 2 and math.prod(shape))
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

@@ -11,11 +11,9 @@ Knows nothing of torch.
 
 from __future__ import annotations
 
-import math
 import re
-import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,6 @@ from typing import Any
 from mvlm.export import inspect
 from mvlm.export.contract import TEXT_DECODER, TOKENIZER, VISION_ENCODER
 from mvlm.export.errors import ExportError
-
-_SCALE_BYTES = {"PerChannelGroupQuant": 2, "PerChannelQuant": 4}  # bfloat16, float32
 
 
 @dataclass(frozen=True)
@@ -155,52 +151,17 @@ def _sum_up(pairs: Iterator[tuple[int, int]]) -> dict[int, int]:
 
 def _linears(program: Any, plan: Any) -> Iterator[Linear]:
     delegates = list(inspect._items(plan.DelegatesLength(), plan.Delegates))
-    read: dict[tuple[str, int], Sequence[Linear]] = {}  # methods put together from one layer share blobs
     for kind, call in program.instructions(plan):
         if kind != "DelegateCall":
             continue
         delegate = delegates[call.DelegateIndex()]
         if inspect._text(delegate.Id()) != inspect._XNNPACK:
             continue
-        key, size = program.blob(delegate)
-        if key not in read:
-            where, index = key
-            if where == "segment":
-                start = program.segments[index].start
-                blob = program.data[start : start + size]
-            else:
-                blob = inspect._bytes(program.root.BackendDelegateData(index).DataAsNumpy())
-            read[key] = tuple(_linears_of_graph(blob))
-        yield from read[key]
-
-
-def _linears_of_graph(blob: memoryview) -> Iterator[Linear]:
-    if blob[4:8] == b"XH00":
-        # Magic, length of the header, offset and size of the flatbuffer (ExecuTorch's XNNHeader).
-        _, offset, size = struct.unpack_from("<HII", blob, 8)
-        blob = blob[offset : offset + size]
-    fb = inspect._bindings(inspect._XNNPACK_SCHEMA)
-    graph = fb.XNNGraph.GetRootAs(blob, 0)
-    values = {}
-    for value in inspect._items(graph.XvaluesLength(), graph.Xvalues):
-        tensor, quantization, parameters = inspect._tensor_value(fb, value)
-        values[tensor.IdOut()] = (tensor, quantization, parameters)
-    for node in inspect._items(graph.XnodesLength(), graph.Xnodes):
-        if node.XnodeUnionType() != fb.XNodeUnion.XNNFullyConnected:
-            continue
-        linear = inspect._cast(node.XnodeUnion(), fb.XNNFullyConnected)
-        activation, _, _ = values[linear.Input1Id()]
-        weight, quantization, parameters = values[linear.FilterId()]
-        if not weight.ConstantBufferIdx():
-            continue
-        out_features, in_features = inspect._items(weight.DimsLength(), weight.Dims)
-        rows = math.prod(inspect._items(activation.DimsLength(), activation.Dims)) // in_features
-        kind = inspect._kind(fb, weight.Datatype(), quantization, parameters)
-        bits = re.search(r"(?:int|float)(\d+)", kind)
-        weights = int(bits[1]) if bits else 32
-        scales = 0
-        if quantization in _SCALE_BYTES:
-            groups = in_features // parameters.GroupSize() if quantization == "PerChannelGroupQuant" else 1
-            scales = out_features * groups * _SCALE_BYTES[quantization]
-        num_bytes = in_features * out_features * weights // 8 + scales
-        yield Linear(rows, in_features, out_features, weights, num_bytes)
+        graph = program.graph(delegate)
+        if graph is None:
+            raise ValueError("no XNNPACK graph")
+        for linear in graph.linears:
+            bits = re.search(r"(?:int|float)(\d+)", linear.kind)
+            weights = int(bits[1]) if bits else 32
+            num_bytes = linear.in_features * linear.out_features * weights // 8 + linear.scale_bytes
+            yield Linear(linear.rows, linear.in_features, linear.out_features, weights, num_bytes)

@@ -288,6 +288,36 @@ TEST_P(QuantizedLinearTest, WeightsOfAnyDistribution) {
   }
 }
 
+// It also depends on the range that the numbers at a k have.
+TEST_P(QuantizedLinearTest, NumbersOfAnyRange) {
+  constexpr int64_t kIn = 1030;
+  std::mt19937 random(19);
+  std::uniform_real_distribution<float> center(-1, 1);
+  for (int64_t rows : {4, 17, 70}) {
+    for (float width : {0.0f, 0.02f, 0.5f, 2.0f}) {
+      for (unsigned negative : {1, 8, 15}) {  // of sixteen weights
+        Problem problem({rows, kIn, 19, 0}, 20);
+        for (int& w : problem.weights()) w = random() % 16 < negative ? -128 : 127;
+        std::vector<float>& input = problem.input();
+        for (int64_t k = 0; k < kIn; ++k) {
+          std::uniform_int_distribution<int> side(0, 1);
+          const float middle = center(random);
+          for (int64_t row = 0; row < rows; ++row) {
+            const float number = middle + width * (static_cast<float>(side(random)) - 0.5f);
+            input[row * kIn + k] = std::min(1.0f, std::max(-1.0f, number));
+          }
+        }
+        // All rows have the same scale.
+        for (int64_t row = 0; row < rows; ++row) {
+          input[row * kIn] = -1;
+          input[row * kIn + 1] = 1;
+        }
+        problem.Check();
+      }
+    }
+  }
+}
+
 // Few rows: groups without and with numbers that are further from the zero point than 8 bits go.
 TEST_P(QuantizedLinearTest, GroupsFarFromTheZeroPoint) {
   for (int64_t group : {32, 64, 128, 256}) {
