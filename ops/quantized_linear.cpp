@@ -66,6 +66,7 @@ constexpr size_t kDepth8 = 512;
 // operands. 8 bits: as many as make 32 bits of each a vector.
 constexpr size_t kTile4 = 4;
 constexpr size_t kTile8 = kMaxLanes;
+static_assert(kLinearRowsAtOnce % kTile8 == 0);
 // 8 bits: rows of the register tile.
 constexpr size_t kRegisterRows8 = 4;
 // Rows of a task: their sums (48 KiB with 8 lanes) should stay in the L2 cache.
@@ -129,9 +130,13 @@ struct Geometry {
     minima_at = sums_at + RoundUp(rows * sums_per_row * sizeof(int32_t), kMaxBytes);
     workers_at = minima_at + (group == 0 && !few_rows ? 2 * row_bytes : 0);
 
+    // Quantizing and multiplying use the same memory, one after the other.
+    const size_t quantized = RoundUp(in, kMaxBytes) * (group == 0 && !few_rows ? tile : 1);
+    if (few_rows) {
+      worker_bytes = quantized;
+      return;
+    }
     // Everything is aligned to a vector.
-    worker_bytes = RoundUp(in, kMaxBytes);
-    if (few_rows) return;
     const auto add = [this](size_t bytes) {
       const size_t at = worker_bytes;
       worker_bytes += RoundUp(bytes, kMaxBytes);
@@ -140,8 +145,7 @@ struct Geometry {
     if (group == 0) {
       // A panel and a tile are read in step, which is a fifth slower (on Zen 3) where addresses are
       // equal modulo a page: they are kept half a page apart.
-      const size_t at = (workers_at + worker_bytes) % kPage;
-      worker_bytes += (kPage + kPage / 2 - at) % kPage;
+      worker_bytes = (kPage + kPage / 2 - workers_at % kPage) % kPage;
     }
     panel_at = add(columns * depth);
     group_sums_at = add(columns * (group == 0 ? 2 : depth / group) * sizeof(int32_t));
@@ -151,8 +155,9 @@ struct Geometry {
     } else {
       excess_at = add(columns * kMaxExcess * sizeof(Excess));
       excess_sums_at = add(task_rows * columns * sizeof(int32_t));
-      worker_bytes = RoundUp(worker_bytes, kPage);
     }
+    worker_bytes = std::max(worker_bytes, quantized);
+    if (group == 0) worker_bytes = RoundUp(worker_bytes, kPage);
   }
 
   size_t Tasks() const { return DivideUp(out, columns) * row_blocks; }
@@ -177,14 +182,14 @@ struct Geometry {
   size_t minima_at;
   size_t workers_at;
 
-  // Scratch memory of a worker, which starts with a quantized row.
+  // Scratch memory of a worker.
   size_t panel_at = 0;
   size_t group_sums_at = 0;  // 8 bits: of the whole column, and of its products with the minima
   size_t outputs_at = 0;
   size_t group_scales_at = 0;
   size_t excess_at = 0;
   size_t excess_sums_at = 0;
-  size_t worker_bytes;
+  size_t worker_bytes = 0;
 };
 
 // The scratch memory with types.
@@ -220,6 +225,7 @@ class Scratch {
   uint8_t* HalfMinima() const { return reinterpret_cast<uint8_t*>(shared_ + g_.minima_at); }
   uint8_t* Ranges() const { return HalfMinima() + g_.row_bytes; }
 
+  // Rows that are being quantized: one, or as many as there are in a tile of 8 bits.
   int8_t* Quantized() const { return reinterpret_cast<int8_t*>(own_); }
   uint8_t* Panel() const { return reinterpret_cast<uint8_t*>(own_ + g_.panel_at); }
   float* GroupScales() const { return reinterpret_cast<float*>(own_ + g_.group_scales_at); }
@@ -428,7 +434,7 @@ HWY_INLINE void Permute(void* row, size_t bytes, const uint8_t* order) {
   }
 }
 
-// Puts a quantized row where its tile is: tile[k / 4][row][4].
+// 4 bits: puts a quantized row where its tile is, tile[k / 4][row][4].
 HWY_INLINE void StoreInTile(const Geometry& g, const Scratch& scratch, size_t row,
                             const void* quantized) {
   constexpr size_t kWord = 4;
@@ -624,6 +630,28 @@ HWY_NOINLINE void MultiplyPanel4(const uint8_t* HWY_RESTRICT panel, size_t group
 
 // ------------------------------------------------------------------------------ many rows, 8 bits
 
+// Puts the tile that starts with `row` where it is, tile[k / 4][row][4], as unsigned numbers, q +
+// 128. `quantized` has its rows, `count` of them one after the other; the last one fills the tile.
+HWY_INLINE void StoreTile8(const Geometry& g, const Scratch& scratch, size_t row, size_t count,
+                           const int8_t* quantized) {
+  const Bytes<kMaxBytes> d;
+  const size_t bytes = hn::Lanes(d);
+  const auto sign = hn::Set(d, 0x80);
+  const uint8_t* rows[kTile8];
+  for (size_t i = 0; i < kTile8; ++i) {
+    rows[i] = reinterpret_cast<const uint8_t*>(quantized) + std::min(i, count - 1) * g.row_bytes;
+  }
+  for (size_t k = 0; k < g.row_bytes; k += 16) {
+    const size_t panel = k / g.depth * g.depth;
+    uint8_t* const to = static_cast<uint8_t*>(scratch.Tile(row, panel)) + (k - panel) * kTile8;
+    for (size_t first = 0; first < kTile8; first += bytes / 4) {
+      Transpose32(d, rows + first, k, [&](size_t i, hn::Vec<decltype(d)> v) HWY_ATTR {
+        hn::Store(hn::Xor(v, sign), d, to + (i * kTile8 + first) * 4);
+      });
+    }
+  }
+}
+
 // Subtracts the minima of the numbers at kMinimaDepth k, from k on, from all rows.
 HWY_INLINE void SubtractMinima(const Geometry& g, const Scratch& scratch, size_t k) {
   constexpr size_t kWords = kMinimaDepth / 4;
@@ -696,9 +724,8 @@ HWY_INLINE void TakeExcess(D d, VU first_range, VU second_range, hn::Vec<D>& fir
   };
   // Where sums saturated, or nearly.
   const auto too_large = [&](V16 largest, V16 smallest) HWY_ATTR {
-    return hn::BitCast(
-        d, hn::VecFromMask(d16, hn::Or(hn::Eq(largest, hn::Set(d16, 32767)),
-                                       hn::Eq(smallest, hn::Set(d16, -32768)))));
+    return hn::BitCast(d, hn::VecFromMask(d16, hn::Or(hn::Eq(largest, hn::Set(d16, 32767)),
+                                                      hn::Eq(smallest, hn::Set(d16, -32768)))));
   };
   const auto both_too_large = [&] HWY_ATTR {
     return too_large(
@@ -784,8 +811,7 @@ HWY_INLINE void UnpackPanel8(const uint8_t* const* rows, size_t first_k, size_t 
         products = hn::Add(products, hn::Add(MultiplyPairs16(d32, first_half, twos16),
                                              MultiplyPairs16(d32, second_half, twos16)));
         TakeExcess(d8, Broadcast32(d, ranges + 4 * word), Broadcast32(d, ranges + 4 * word + 4),
-                   first, second,
-                   [&](hn::Vec<decltype(d8)> weights, bool is_second) HWY_ATTR {
+                   first, second, [&](hn::Vec<decltype(d8)> weights, bool is_second) HWY_ATTR {
           HWY_ALIGN int32_t taken[kMaxLanes] = {};
           hn::Store(hn::BitCast(d32, weights), d32, taken);
           // Without branches, which nobody could predict.
@@ -1353,24 +1379,25 @@ void QuantizeRowsHere(const LinearCall& call, size_t begin, size_t end, size_t w
   const Scratch scratch(call, g, worker);
   int8_t* const quantized = scratch.Quantized();
   const size_t padded = RoundUp(g.in, kMaxBytes);
+  if (g.group == 0 && !g.few_rows) {
+    for (size_t first = begin; first < end; first += kTile8) {
+      const size_t count = std::min(kTile8, end - first);
+      for (size_t i = 0; i < count; ++i) {
+        scratch.Scales()[first + i] =
+            QuantizeRow(call.input + (first + i) * g.in, g.in, quantized + i * padded);
+      }
+      StoreTile8(g, scratch, first, count, quantized);
+    }
+    return;
+  }
   for (size_t row = begin; row < end; ++row) {
     const RowScale scale = QuantizeRow(call.input + row * g.in, g.in, quantized);
     const int32_t zero_point = scale.zero_point;
     scratch.Scales()[row] = scale;
     int32_t* const sums = scratch.Sums(row);
     if (g.group == 0) {
-      if (g.few_rows) {
-        int16_t* const to = static_cast<int16_t*>(scratch.Row(row));
-        for (size_t i = 0; i < padded; ++i) to[i] = static_cast<int16_t>(quantized[i] - zero_point);
-      } else {
-        // Unsigned: q + 128.
-        for (size_t i = 0; i < padded; ++i) quantized[i] = static_cast<int8_t>(quantized[i] ^ 0x80);
-        StoreInTile(g, scratch, row, quantized);
-        // The last one fills its tile, so that the minima are of rows only.
-        for (size_t i = row + 1; row + 1 == g.rows && i % g.tile != 0; ++i) {
-          StoreInTile(g, scratch, i, quantized);
-        }
-      }
+      int16_t* const to = static_cast<int16_t*>(scratch.Row(row));
+      for (size_t i = 0; i < padded; ++i) to[i] = static_cast<int16_t>(quantized[i] - zero_point);
       continue;
     }
     int8_t* const to = static_cast<int8_t*>(scratch.Row(row));

@@ -59,7 +59,11 @@ struct LinearCall {
   void* scratch;       // LinearScratchBytes(), aligned to kLinearScratchAlignment
 };
 
-// Quantizes rows begin .. end - 1 into the scratch memory, as the worker with this number.
+// Rows that are quantized together.
+constexpr int64_t kLinearRowsAtOnce = 16;
+
+// Quantizes rows begin .. end - 1 into the scratch memory, as the worker with this number. `begin`
+// must be a multiple of kLinearRowsAtOnce, and so must `end`, unless it is the number of rows.
 void QuantizeRows(const LinearCall& call, int64_t begin, int64_t end, int64_t worker);
 
 // Number of parts that SubtractMinima() consists of: 0 unless many rows are multiplied by 8 bit
@@ -106,13 +110,13 @@ void RunQuantizedLinear(const QuantizedLinear& linear, const float* input, int64
     }
   };
 
-  constexpr int64_t kRowsAtOnce = 16;
   // Quantizing a number takes about as long as 32 multiply-adds.
   const int64_t quantize_workers = std::min(
-      {threads, rows / kRowsAtOnce, rows * linear.in * 32 / kMinLinearMultiplyAddsPerWorker});
-  for_each((rows + kRowsAtOnce - 1) / kRowsAtOnce, quantize_workers,
+      {threads, rows / kLinearRowsAtOnce, rows * linear.in * 32 / kMinLinearMultiplyAddsPerWorker});
+  for_each((rows + kLinearRowsAtOnce - 1) / kLinearRowsAtOnce, quantize_workers,
            [&](int64_t i, int64_t worker) {
-             QuantizeRows(call, i * kRowsAtOnce, std::min(rows, (i + 1) * kRowsAtOnce), worker);
+             QuantizeRows(call, i * kLinearRowsAtOnce, std::min(rows, (i + 1) * kLinearRowsAtOnce),
+                          worker);
            });
   const int64_t parts = MinimaParts(call);
   // Here it takes about as long as two.
