@@ -133,6 +133,8 @@ def published_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
         tensor = checkpoint.read(name).half()
         if re.search(r"(squeeze_excite\.fc\d|pointwise)\.weight", name):
             tensor = tensor[:, :, None, None]  # a 1x1 convolution
+        if name.endswith("patch_embedding.weight"):
+            tensor = tensor.unflatten(1, (3, *2 * [checkpoint.config.vision.patch_size]))
         tensors[published_name(name, projector)] = tensor
     last = checkpoint.config.vision.num_hidden_layers - 1
     for name in [name for name in tensors if name.startswith(f"{tower}encoder.layers.0.")]:
