@@ -47,7 +47,8 @@ constexpr size_t kLinearScratchAlignment = 64;
 
 // Bytes of scratch memory for a call with up to `threads` threads, a multiple of
 // kLinearScratchAlignment. It holds the quantized input (one or two bytes per number) and per
-// thread up to 150 KiB, or 300 KiB with AVX-512; much less if there are few rows.
+// thread up to 150 KiB, or 300 KiB with AVX-512, or kLinearRowsAtOnce quantized rows if these are
+// larger; much less if there are few rows.
 size_t LinearScratchBytes(const QuantizedLinear& linear, int64_t rows, int64_t threads);
 
 // The parts of a call; see RunQuantizedLinear().
