@@ -18,6 +18,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -362,8 +363,9 @@ def _text(string: bytes | None) -> str:
     return (string or b"").decode(errors="replace")
 
 
-#: What reading a broken flatbuffer may raise: it leads outside the file, or to a table that is not there.
-_BROKEN = (struct.error, LookupError, ValueError, TypeError, AttributeError, OverflowError)
+#: What reading a broken flatbuffer may raise: it leads outside the file, or to a table that is not there, or has a size
+#: of 0 where there is none.
+_BROKEN = (struct.error, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -538,22 +540,22 @@ class _Program:
 
 
 @dataclass(frozen=True)
-class _Linear:
+class Linear:
     """A FullyConnected node with a constant weight.
 
     Attributes:
         rows: of its input at the most.
         in_features: columns of the weight.
         out_features: rows of the weight.
-        kind: of weights: ``int4 in groups of 128``.
-        scale_bytes: of all scales of the weight.
+        weights: bits of a weight as XNNPACK multiplies it: 4, 8, 16 or 32.
+        num_bytes: of weight and scales.
     """
 
     rows: int
     in_features: int
     out_features: int
-    kind: str
-    scale_bytes: int
+    weights: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -568,7 +570,7 @@ class _Graph:
     """
 
     nodes: Mapping[str, int]
-    linears: tuple[_Linear, ...]
+    linears: tuple[Linear, ...]
     named: Mapping[str, str]
     inline: tuple[tuple[str, int], ...]
 
@@ -593,7 +595,7 @@ def _read_graph(blob: memoryview) -> _Graph:
         tensors[tensor.IdOut()] = (tensor, quantization, parameters)
         if tensor.ConstantBufferIdx():
             constants[tensor.ConstantBufferIdx()] = kind
-            if quantization in ("PerChannelQuant", "PerChannelGroupQuant") and parameters.ScaleBufferIdx():
+            if quantization in _SCALE_BYTES and parameters.ScaleBufferIdx():
                 constants[parameters.ScaleBufferIdx()] = f"scales of {kind}"
 
     nodes: Counter[str] = Counter()
@@ -616,7 +618,7 @@ def _read_graph(blob: memoryview) -> _Graph:
     return _Graph(dict(sorted(nodes.items())), tuple(linears), named, tuple(inline))
 
 
-def _linear(fb: ModuleType, node: Any, tensors: Mapping[int, tuple[Any, str, Any]]) -> Iterator[_Linear]:
+def _linear(fb: ModuleType, node: Any, tensors: Mapping[int, tuple[Any, str, Any]]) -> Iterator[Linear]:
     """The linear, if its weight is a constant matrix."""
     weight, quantization, parameters = tensors[node.FilterId()]
     shape = tuple(_items(weight.DimsLength(), weight.Dims))
@@ -625,11 +627,13 @@ def _linear(fb: ModuleType, node: Any, tensors: Mapping[int, tuple[Any, str, Any
     out_features, in_features = shape
     activation, _, _ = tensors[node.Input1Id()]
     rows = math.prod(_items(activation.DimsLength(), activation.Dims)) // in_features
-    scale_bytes = 0
+    bits = re.search(r"(?:int|float)(\d+)", _kind(fb, weight.Datatype(), quantization, parameters))
+    weights = int(bits[1]) if bits else 32
+    num_bytes = in_features * out_features * weights // 8
     if quantization in _SCALE_BYTES:
         groups = in_features // parameters.GroupSize() if quantization == "PerChannelGroupQuant" else 1
-        scale_bytes = out_features * groups * _SCALE_BYTES[quantization]
-    yield _Linear(rows, in_features, out_features, _kind(fb, weight.Datatype(), quantization, parameters), scale_bytes)
+        num_bytes += out_features * groups * _SCALE_BYTES[quantization]
+    yield Linear(rows, in_features, out_features, weights, num_bytes)
 
 
 def _tensor_value(fb: ModuleType, value: Any) -> tuple[Any, str, Any]:

@@ -11,7 +11,6 @@ Knows nothing of torch.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,30 +25,6 @@ from mvlm.export.errors import ExportError
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear of a method, as often as the method calls it.
-
-    Attributes:
-        rows: of its input at the most.
-        in_features: columns of the weight.
-        out_features: rows of the weight.
-        weights: bits of a weight as XNNPACK multiplies it: 4, 8, 16 or 32.
-        num_bytes: of weight and scales.
-    """
-
-    rows: int
-    in_features: int
-    out_features: int
-    weights: int
-    num_bytes: int
-
-    def macs(self, tokens: int | None = None, at_most: int | None = None) -> int:
-        """Multiply-adds, where rows that are ``at_most`` stand for ``tokens``."""
-        rows = tokens if tokens is not None and self.rows == at_most and self.rows > 1 else self.rows
-        return rows * self.in_features * self.out_features
-
-
-@dataclass(frozen=True)
 class Work:
     """What one file's methods have to do.
 
@@ -61,21 +36,21 @@ class Work:
         cache_bytes: of the whole KV cache.
     """
 
-    vision: tuple[Linear, ...]
-    text: tuple[Linear, ...]
+    vision: tuple[inspect.Linear, ...]
+    text: tuple[inspect.Linear, ...]
     max_seq_len: int
     max_context_len: int
     cache_bytes: int
 
     def encode_macs(self) -> Mapping[int, int]:
         """Multiply-adds of one picture, by bits of the weights."""
-        return _sum_up((linear.weights, linear.macs()) for linear in self.vision)
+        return _sum_up((linear.weights, _macs(linear)) for linear in self.vision)
 
     def prefill_macs(self, tokens: int) -> Mapping[int, int]:
         """Multiply-adds of reading a prompt, by bits of the weights."""
         macs: Counter[int] = Counter()
         for step in _steps(tokens, self.max_seq_len):
-            macs.update(_sum_up((linear.weights, linear.macs(step, self.max_seq_len)) for linear in self.text))
+            macs.update(_sum_up((linear.weights, _macs(linear, step, self.max_seq_len)) for linear in self.text))
         return dict(macs)
 
     def decode_bytes(self, depth: float) -> float:
@@ -135,6 +110,12 @@ def read_pte(path: Path) -> PteSummary:
     )
 
 
+def _macs(linear: inspect.Linear, tokens: int | None = None, at_most: int | None = None) -> int:
+    """Multiply-adds of a linear, where rows that are ``at_most`` stand for ``tokens``."""
+    rows = tokens if tokens is not None and linear.rows == at_most and linear.rows > 1 else linear.rows
+    return rows * linear.in_features * linear.out_features
+
+
 def _steps(tokens: int, longest: int) -> Iterator[int]:
     """How a prompt is cut into calls of the text decoder."""
     while tokens > 0:
@@ -149,7 +130,7 @@ def _sum_up(pairs: Iterator[tuple[int, int]]) -> dict[int, int]:
     return dict(sums)
 
 
-def _linears(program: Any, plan: Any) -> Iterator[Linear]:
+def _linears(program: Any, plan: Any) -> Iterator[inspect.Linear]:
     delegates = list(inspect._items(plan.DelegatesLength(), plan.Delegates))
     for kind, call in program.instructions(plan):
         if kind != "DelegateCall":
@@ -160,8 +141,4 @@ def _linears(program: Any, plan: Any) -> Iterator[Linear]:
         graph = program.graph(delegate)
         if graph is None:
             raise ValueError("no XNNPACK graph")
-        for linear in graph.linears:
-            bits = re.search(r"(?:int|float)(\d+)", linear.kind)
-            weights = int(bits[1]) if bits else 32
-            num_bytes = linear.in_features * linear.out_features * weights // 8 + linear.scale_bytes
-            yield Linear(linear.rows, linear.in_features, linear.out_features, weights, num_bytes)
+        yield from graph.linears

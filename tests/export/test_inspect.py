@@ -383,6 +383,13 @@ def test_quantized_delegates(pte_of):
     assert len(named) == 3
 
 
+def test_delegate_with_groups_of_no_weights(pte_of, monkeypatch):
+    table = inspect._bindings(inspect._XNNPACK_SCHEMA).PerChannelGroupQuant
+    monkeypatch.setattr(table, "GroupSize", lambda _self: 0)
+    delegates = method(inspect_pte(pte_of("quantized").path)).delegates
+    assert sorted(delegate.readable for delegate in delegates) == [False, True, True]
+
+
 def test_two_methods_share_weights(pte_of):
     facts = pte_of("methods").facts
     assert [method.name for method in facts.methods] == ["keyword", "one", "two"]

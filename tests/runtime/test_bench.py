@@ -17,6 +17,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import nn
 
+from mvlm.export.inspect import Linear
 from mvlm.runtime import bench, child_process, machine
 from mvlm.runtime.bench import BenchError, Job, main, parse_against, parse_arguments
 from mvlm.runtime.bench_output import FIGURES, parse_llama_cpp
@@ -24,7 +25,7 @@ from mvlm.runtime.bench_prompt import picture_prompt, text_prompt, words_of_leng
 from mvlm.runtime.bench_report import OURS, Run, compare, ratio_of, results_of, share_of_limit, summarize
 from mvlm.runtime.child_process import ChildError, run_child
 from mvlm.runtime.machine import CpuClock, Limits, LimitsLibrary, MachineError, MultiplyRate
-from mvlm.runtime.work import Linear, Work, read_pte
+from mvlm.runtime.work import Work, read_pte
 
 # What llama.cpp's programs print, in the forms of several versions.
 
