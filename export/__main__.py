@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mvlm.export import demo
 from mvlm.export.command_line import add_checkpoint_arguments, open_of
@@ -17,6 +18,7 @@ from mvlm.export.files import check_writable
 from mvlm.export.progress import Progress, quiet_libraries
 from mvlm.export.recipe import (
     ATTENTION_OPS,
+    CALIBRATIONS,
     EMBEDDING_BITS,
     GROUP_SIZES,
     KV_CACHES,
@@ -29,6 +31,9 @@ from mvlm.export.recipe import (
 )
 from mvlm.export.report import check_report_path
 
+if TYPE_CHECKING:
+    from mvlm.export.calibrate import CalibrationOptions
+
 #: Flags that change one field of the named recipe.
 RECIPE_FLAGS = (
     "group_size",
@@ -40,6 +45,7 @@ RECIPE_FLAGS = (
     "max_context_len",
     "prefill_chunk",
     "attention_op",
+    "calibration",
 )
 
 EPILOG = """\
@@ -102,7 +108,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--group-size", type=int, choices=GROUP_SIZES, help="4-bit weights that share a scale (mobile: 128)"
     )
     parser.add_argument(
-        "--scales", choices=sorted(SCALE_ALGORITHMS), help="how the scale of a group is chosen (mobile: hqq)"
+        "--scales", choices=sorted(SCALE_ALGORITHMS), help="how the scale of a group is chosen (mobile: search)"
     )
     parser.add_argument(
         "--lm-head-bits", type=int, choices=LM_HEAD_BITS, help="of the layer that makes logits (mobile: 4)"
@@ -123,6 +129,31 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="tokens that the language model reads at once; more take more memory for activations "
         f"(default: {defaults.prefill_chunk}; a picture's at least)",
     )
+    parser.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="full",
+        choices=CALIBRATIONS,
+        dest="calibration",
+        metavar="full|quick",
+        help="quantize for the least damage to the model's answers: full (GPTQ, minutes to half an hour), or quick "
+        "(scales alone, minutes); on text and pictures that the model writes and answers itself, unless the next two "
+        "flags give others",
+    )
+    parser.add_argument(
+        "--calibration-text", type=Path, metavar="FILE", help="UTF-8 text to calibrate on, some 100 KB or more"
+    )
+    parser.add_argument(
+        "--calibration-images",
+        type=Path,
+        metavar="DIR",
+        help="pictures to calibrate on (default: a few photographs); beside photo.jpg there may be photo.txt, a "
+        "question in each line and behind a tab the answer",
+    )
+    parser.add_argument(
+        "--calibration-tokens", type=int, metavar="N", help="of text to use; more take longer and more memory"
+    )
+    parser.add_argument("--calibration-seed", type=int, metavar="N", help="of what is drawn (default: 0)")
     parser.add_argument(
         "--attention-op",
         choices=ATTENTION_OPS,
@@ -155,6 +186,38 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     if given.get("attention_op") == "llama":
         given.setdefault("kv_cache", "fp32")
     return replace(RECIPES[options.recipe](), **given)
+
+
+def calibration_of(options: argparse.Namespace, recipe: Recipe) -> CalibrationOptions | None:
+    """On what to calibrate; None where nothing is calibrated.
+
+    Raises:
+        ExportError: a flag is not possible, or goes with --calibrate, which is not there.
+    """
+    from mvlm.export.calibrate import CalibrationOptions
+
+    given = {
+        "--calibration-text": options.calibration_text,
+        "--calibration-images": options.calibration_images,
+        "--calibration-tokens": options.calibration_tokens,
+        "--calibration-seed": options.calibration_seed,
+    }
+    if recipe.calibration == "none":
+        for flag, value in given.items():
+            if value is not None:
+                raise ExportError(f"{flag} {value} goes with --calibrate, which is not given; add it or leave this out")
+        return None
+    if options.calibration_tokens is not None and options.calibration_tokens < 1024:
+        raise ExportError(
+            f"--calibration-tokens {options.calibration_tokens} are too few to calibrate on: 1024 or more"
+        )
+    return CalibrationOptions(
+        recipe.calibration,
+        options.calibration_text,
+        options.calibration_images,
+        options.calibration_tokens,
+        options.calibration_seed or 0,
+    )
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -193,7 +256,10 @@ def run(options: argparse.Namespace) -> None:
 
     if options.model is None and options.random_weights is None:
         progress.say(f"no --model given: exporting the bundled demo checkpoint, {demo.CHECKPOINT}")
-    exported = export_checkpoint(checkpoint, options.pte_name, recipe, progress, options.report, options.force)
+    calibration = calibration_of(options, recipe)
+    exported = export_checkpoint(
+        checkpoint, options.pte_name, recipe, progress, options.report, options.force, calibration
+    )
     progress.say(f"{exported.path}: {exported.size:,} bytes, {exported.metadata.model_name}, {recipe.to_json()}")
     if options.with_artifacts:
         for path in write_artifacts(exported.path, exported.metadata, exported.tokenizer, demo.SAMPLE_IMAGE):

@@ -29,18 +29,24 @@ STOP_STRINGS = ("</s>",)
 NEXT_TURN_TEMPLATE = f"USER: {PROMPT_PLACEHOLDER} ASSISTANT:"
 
 
+def image_processing(checkpoint: Checkpoint) -> ImageProcessing | None:
+    """How the checkpoint's model wants its pictures; None for a language model alone."""
+    config = checkpoint.config
+    if config.vision is None:
+        return None
+    return ImageProcessing(
+        size=config.vision.image_size,
+        mean=checkpoint.preprocessing.mean,
+        std=checkpoint.preprocessing.std,
+        pad_color=checkpoint.preprocessing.pad_color,
+        tokens=config.num_image_tokens,
+    )
+
+
 def describe(checkpoint: Checkpoint, recipe: Recipe) -> Metadata:
     """What the .pte will say about itself. Hashes the checkpoint's files, which takes a second for one or two GB."""
     config = checkpoint.config
-    image = None
-    if config.vision is not None:
-        image = ImageProcessing(
-            size=config.vision.image_size,
-            mean=checkpoint.preprocessing.mean,
-            std=checkpoint.preprocessing.std,
-            pad_color=checkpoint.preprocessing.pad_color,
-            tokens=config.num_image_tokens,
-        )
+    image = image_processing(checkpoint)
     return Metadata(
         model_name=checkpoint.name,
         checkpoint_id=checkpoint.checkpoint_id,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvlm.export import preflight
+from mvlm.export.calibrate import CalibrationOptions, calibrate, work_folder
 from mvlm.export.capture import capture
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.contract import Metadata
@@ -47,6 +48,7 @@ def export_checkpoint(
     progress: Progress | None = None,
     report_path: Path | None = None,
     force: bool = False,
+    calibration: CalibrationOptions | None = None,
 ) -> Exported:
     """Exports a checkpoint into one .pte.
 
@@ -57,6 +59,7 @@ def export_checkpoint(
         progress: where to report; silent by default.
         report_path: a .json for the report of the quantization, with a page beside it; none by default.
         force: go on although memory or disk will probably not do.
+        calibration: on what to calibrate; by default what the model writes itself, where the recipe wants calibration.
 
     Raises:
         ExportError: the checkpoint, the recipe or the path is not usable, or memory or disk will not do.
@@ -81,9 +84,14 @@ def export_checkpoint(
         )
     with progress.stage("identify checkpoint"):
         metadata = describe(checkpoint, recipe)
+    folder = found = None
+    if recipe.calibration != "none":
+        calibration = calibration or CalibrationOptions(recipe.calibration)
+        folder = work_folder(checkpoint, recipe, calibration, path)
+        found = calibrate(checkpoint, recipe, calibration, folder, progress)
     with Spool(path.absolute().parent) as spool:
         with progress.stage("read and quantize"):
-            quantized = quantize_checkpoint(checkpoint, recipe, spool, progress)
+            quantized = quantize_checkpoint(checkpoint, recipe, spool, progress, found)
         report = QuantizationReport(checkpoint.name, recipe, quantized.layers)
         progress.say(_indent(report.table()))
         if report_path is not None:
@@ -98,6 +106,8 @@ def export_checkpoint(
         with progress.stage("plan memory and write"):
             constants = constant_methods(metadata, checkpoint.tokenizer, program_id(lowered, metadata))
             size = write_pte(lowered, constants, path)
+    if folder is not None:
+        folder.remove()
     return Exported(path, size, metadata, checkpoint.tokenizer, report)
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,9 @@ from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.errors import ExportError
 from mvlm.export.models import MobileVLM, PatchEmbedding
 from mvlm.export.progress import Progress, return_freed_memory
-from mvlm.export.recipe import SCALE_ALGORITHMS, Recipe
+from mvlm.export.recipe import Recipe
 from mvlm.export.report import LayerQuantization
+from mvlm.export.scales import choose_scales_hqq, round_to_scales, search_scales
 from mvlm.export.spool import NamedData, Spool, packed_weight, spool_weight
 
 #: XNNPACK's smallest group of 4-bit weights.
@@ -53,10 +54,6 @@ EMBEDDING_GROUP_SIZE = 32
 #: Weights are quantized in blocks of about this many, which fit a core's cache together with what is computed of them:
 #: ten times as fast as whole matrices, and the temporaries stay small.
 BLOCK_ELEMENTS = 1 << 19
-
-#: Half-quadratic quantization ends after this many rounds, or when no scale changes by more than this share; torchao's.
-HQQ_ITERATIONS = 20
-HQQ_TOLERANCE = 1e-5
 
 #: The learned positions of the vision tower.
 POSITION_EMBEDDING = "vision_tower.embeddings.position_embedding"
@@ -75,7 +72,7 @@ class Scheme:
     Attributes:
         bits: 4, 8, 16 for float16, or 32 for float32.
         group_size: weights that share a scale along the input width; None for one scale per row.
-        scales: a key of :data:`recipe.SCALE_ALGORITHMS`.
+        scales: one of :data:`recipe.SCALE_ALGORITHMS`.
         is_embedding: a table that is looked up, whose activations there is nothing to quantize of.
     """
 
@@ -102,7 +99,6 @@ class Scheme:
             weight_dtype=dtype,
             weight_granularity=granularity,
             weight_scale_dtype=torch.bfloat16 if self.group_size else None,
-            intx_choose_qparams_algorithm=SCALE_ALGORITHMS[self.scales],
         )
 
 
@@ -162,11 +158,43 @@ def schemes_of(model: MobileVLM, recipe: Recipe) -> dict[str, Scheme]:
     }
 
 
-def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, float]:
+class Calibration(Protocol):
+    """What calibration has found out about linears; see :mod:`mvlm.export.calibrate`."""
+
+    def weight(self, name: str) -> IntxUnpackedToInt8Tensor | None:
+        """The quantized weight of the linear ``name``; None where calibration did not quantize it."""
+
+    def importance(self, name: str) -> Tensor | None:
+        """The second moment [in] of each input of the linear ``name``; None where it is not known."""
+
+
+def quantized_tensor(values: Tensor, scales: Tensor, scheme: Scheme) -> IntxUnpackedToInt8Tensor:
+    """A linear's weight as torchao holds it.
+
+    Args:
+        values: int8 [out, in].
+        scales: [out, groups]; one group where a row has one scale.
+        scheme: how it is stored.
+    """
+    return IntxUnpackedToInt8Tensor(
+        qdata=values,
+        scale=scales.to(torch.bfloat16 if scheme.group_size else torch.float32),
+        zero_point=torch.zeros_like(scales, dtype=torch.int8),
+        target_dtype=torch.int4 if scheme.bits == 4 else torch.int8,
+        block_size=(1, scheme.group_size or values.shape[1]),
+        dtype=torch.float32,
+        activation_quantization="int8_asym_per_token",
+    )
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> tuple[Tensor, float]:
     """Quantizes one weight.
 
     Args:
         weight: float32 [out, in].
+        scheme: how it is stored.
+        importance: [in], what the errors of the weights are weighted with where scales are searched for; all are
+            equal by default.
 
     Returns:
         The weight as torchao holds it, or a plain tensor for float16 and float32, and its SNR in dB against the
@@ -177,20 +205,31 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, float]:
     if scheme.bits == 16:
         half = weight.half()
         return half, _snr_db(float(weight.square().sum()), float((weight - half.float()).square().sum()))
-    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    blocks = []
-    signal = noise = 0.0
-    for block in weight.split(rows):
-        quantized = _quantize_block(block, scheme)
-        blocks.append(quantized)
-        signal += float(block.square().sum(dtype=torch.float64))
-        noise += float((block - quantized.dequantize().float()).square().sum(dtype=torch.float64))
+    if scheme.scales == "search" and scheme.group_size and not scheme.is_embedding:
+        importance = torch.ones(weight.shape[1]) if importance is None else importance
+        scales = search_scales(weight, importance, scheme.group_size, scheme.bits, torch.bfloat16)
+        whole = quantized_tensor(round_to_scales(weight, scales, scheme.bits), scales, scheme)
+        return whole, snr_db(weight, whole)
+    blocks = [_quantize_block(block, scheme) for block in weight.split(max(1, BLOCK_ELEMENTS // weight.shape[1]))]
     first = blocks[0]
     whole = IntxUnpackedToInt8Tensor(
         *(torch.cat([getattr(block, part) for block in blocks]) for part in first.tensor_data_names),
         *(getattr(first, attribute) for attribute in first.tensor_attribute_names),
     )
-    return whole, _snr_db(signal, noise)
+    return whole, snr_db(weight, whole)
+
+
+def snr_db(weight: Tensor, quantized: IntxUnpackedToInt8Tensor) -> float:
+    """Signal-to-noise ratio in dB of a quantized weight against the one [out, in] that it was made of."""
+    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    signal = noise = 0.0
+    for start in range(0, len(weight), rows):
+        block = weight[start : start + rows]
+        values = quantized.qdata[start : start + rows].float().view(len(block), quantized.scale.shape[1], -1)
+        restored = (values * quantized.scale[start : start + rows].float().unsqueeze(-1)).view(block.shape)
+        signal += float(block.square().sum(dtype=torch.float64))
+        noise += float((block - restored).square().sum(dtype=torch.float64))
+    return _snr_db(signal, noise)
 
 
 def _snr_db(signal: float, noise: float) -> float:
@@ -199,56 +238,13 @@ def _snr_db(signal: float, noise: float) -> float:
 
 def _quantize_block(block: Tensor, scheme: Scheme) -> IntxUnpackedToInt8Tensor:
     if scheme.scales == "hqq" and scheme.group_size:
-        qdata, scale = choose_scales_hqq(block, scheme.group_size)
-        return IntxUnpackedToInt8Tensor(
-            qdata=qdata,
-            scale=scale.to(torch.bfloat16),
-            zero_point=torch.zeros_like(scale, dtype=torch.int8),
-            target_dtype=torch.int4,
-            block_size=(1, scheme.group_size),
-            dtype=torch.float32,
-            activation_quantization="int8_asym_per_token",
-        )
+        return quantized_tensor(*choose_scales_hqq(block, scheme.group_size), scheme)
     rows, columns = block.shape
     with torch.device("meta"):
         holder: nn.Module = nn.Embedding(rows, columns) if scheme.is_embedding else nn.Linear(columns, rows, bias=False)
     holder.weight = nn.Parameter(block, requires_grad=False)
     quantize_(holder, scheme.config, filter_fn=lambda module, _name: module is holder)
     return holder.weight
-
-
-def choose_scales_hqq(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """4-bit values and the scales that lower their squared error: half-quadratic quantization, scales only.
-
-    Rounding with the present scale and solving the least-squares problem for the scale take turns
-    (https://mobiusml.github.io/hqq_blog). The same as torchao's ``hqq_scale_only``, three times as fast on a CPU: one
-    buffer, and products summed as they are made.
-
-    Args:
-        weight: float32 [out, in].
-        group_size: divides ``in``.
-
-    Returns:
-        int8 [out, in] with values -8 .. 7, and float32 scales [out, in / group_size].
-    """
-    tiny = torch.finfo(torch.float32).eps
-    groups = weight.reshape(weight.shape[0], -1, group_size)
-    values = torch.empty_like(groups)
-
-    def round_by(scale: Tensor) -> Tensor:
-        return torch.mul(groups, scale.reciprocal().unsqueeze(-1), out=values).round_().clamp_(-8, 7)
-
-    scale = (torch.linalg.vector_norm(groups, math.inf, dim=-1) / 8).clamp_min(tiny)
-    for _ in range(HQQ_ITERATIONS):
-        round_by(scale)
-        products = torch.linalg.vecdot(groups, values)
-        squares = torch.linalg.vecdot(values, values)
-        better = torch.where(squares > 0, products / squares, scale).clamp_min(tiny)
-        change = ((better - scale).abs() / scale).max()
-        scale = better
-        if change < HQQ_TOLERANCE:
-            break
-    return round_by(scale).view(weight.shape).to(torch.int8), scale
 
 
 def _layer_report(name: str, weight: Tensor, scheme: Scheme, snr_db: float) -> LayerQuantization:
@@ -285,7 +281,7 @@ def smaller_groups(schemes: Mapping[str, Scheme], recipe: Recipe) -> dict[int, l
     return {group_size: sorted(names) for group_size, names in sorted(kinds.items())}
 
 
-def quantize(model: MobileVLM, recipe: Recipe) -> tuple[LayerQuantization, ...]:
+def quantize(model: MobileVLM, recipe: Recipe, calibration: Calibration | None = None) -> tuple[LayerQuantization, ...]:
     """Quantizes a whole model in place.
 
     Raises:
@@ -294,10 +290,21 @@ def quantize(model: MobileVLM, recipe: Recipe) -> tuple[LayerQuantization, ...]:
     layers = []
     for name, scheme in schemes_of(model, recipe).items():
         module = model.get_submodule(name)
-        weight, snr_db = quantize_weight(module.weight.detach(), scheme)
+        weight, snr_db = _quantize_linear(name, module.weight.detach(), scheme, calibration)
         module.weight = nn.Parameter(weight, requires_grad=False)
         layers.append(_layer_report(name, weight, scheme, snr_db))
     return tuple(layers)
+
+
+def _quantize_linear(
+    name: str, weight: Tensor, scheme: Scheme, calibration: Calibration | None
+) -> tuple[Tensor, float]:
+    if calibration is None:
+        return quantize_weight(weight, scheme)
+    calibrated = calibration.weight(name)
+    if calibrated is not None:
+        return calibrated, snr_db(weight, calibrated)
+    return quantize_weight(weight, scheme, calibration.importance(name))
 
 
 @dataclass(frozen=True)
@@ -339,7 +346,11 @@ def meta_model(checkpoint: Checkpoint) -> MobileVLM:
 
 
 def quantize_checkpoint(
-    checkpoint: Checkpoint, recipe: Recipe, spool: Spool, progress: Progress
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    spool: Spool,
+    progress: Progress,
+    calibration: Calibration | None = None,
 ) -> QuantizedCheckpoint:
     """Quantizes a checkpoint tensor by tensor; only those being worked on are in memory as float32, one per core.
 
@@ -361,7 +372,7 @@ def quantize_checkpoint(
         scheme = schemes.get(module_name) if name.endswith(".weight") else None
         if scheme is None:
             return tensor, None
-        weight, snr_db = quantize_weight(tensor, scheme)
+        weight, snr_db = _quantize_linear(module_name, tensor, scheme, calibration)
         del tensor
         report = _layer_report(module_name, weight, scheme, snr_db)
         return_freed_memory()

@@ -11,14 +11,15 @@ from mvlm.export.errors import ExportError
 if TYPE_CHECKING:
     from mvlm.export.models import MobileVLMConfig
 
-#: ``--scales``: how the scale of a group of weights is chosen -> torchao's name of the algorithm.
-SCALE_ALGORITHMS = {"affine": "affine", "hqq": "hqq_scale_only"}
+#: ``--scales``: how the scale of a group of weights is chosen.
+SCALE_ALGORITHMS = ("affine", "hqq", "search")
 GROUP_SIZES = (32, 64, 128, 256)
 LM_HEAD_BITS = (4, 8)
 EMBEDDING_BITS = (4, 8, 32)
 VISION_WEIGHTS = ("int4", "int8", "fp32")
 KV_CACHES = ("fp32", "fp16", "int8")
 ATTENTION_OPS = ("mvlm", "llama")
+CALIBRATIONS = ("none", "quick", "full")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Recipe:
         name: of the recipe, for people.
         group_size: weights that share a scale where weights have 4 bits, along the input width: 32, 64, 128 or 256.
             Where it does not divide a layer's width, the largest halving of it that does is taken.
-        scales: ``hqq`` chooses each group's scale to lower the weight error, ``affine`` takes it from the range.
+        scales: ``search`` tries scales for each group and takes the one with the least error, weighted by what
+            calibration knows of the inputs; ``hqq`` improves one scale until it stands still; ``affine`` takes it from
+            the range.
         lm_head_bits: 4 (in groups) or 8 (one scale per vocabulary entry).
         embedding_bits: of the token embedding: 8 (one scale per token), 4 (in groups of 32) or 32 (float32).
         vision: weights of the vision tower's and the projector's linears: ``int8`` (one scale per output channel),
@@ -40,11 +43,13 @@ class Recipe:
             for activations grows with it.
         attention_op: ``mvlm`` for our fused operators; ``llama`` for ExecuTorch's attention and none of ours, so that
             programs without our kernels run the file. ExecuTorch's keeps keys and values in float32.
+        calibration: what is known of the linears' inputs when their weights are quantized: ``none``; with ``quick``
+            how much power each has, which weights the search for scales; with ``full`` what GPTQ wants.
     """
 
     name: str = "mobile"
     group_size: int = 128
-    scales: str = "hqq"
+    scales: str = "search"
     lm_head_bits: int = 4
     embedding_bits: int = 8
     vision: str = "int8"
@@ -52,16 +57,18 @@ class Recipe:
     max_context_len: int = 768
     prefill_chunk: int = 256
     attention_op: str = "mvlm"
+    calibration: str = "none"
 
     def __post_init__(self) -> None:
         for what, value, allowed in (
             ("group size", self.group_size, GROUP_SIZES),
-            ("scales", self.scales, tuple(SCALE_ALGORITHMS)),
+            ("scales", self.scales, SCALE_ALGORITHMS),
             ("bits of lm_head", self.lm_head_bits, LM_HEAD_BITS),
             ("bits of the embedding", self.embedding_bits, EMBEDDING_BITS),
             ("vision weights", self.vision, VISION_WEIGHTS),
             ("KV cache", self.kv_cache, KV_CACHES),
             ("attention operator", self.attention_op, ATTENTION_OPS),
+            ("calibration", self.calibration, CALIBRATIONS),
         ):
             if value not in allowed:
                 raise ExportError(f"{what}: {value!r} is not possible; choose one of {', '.join(map(str, allowed))}")
@@ -69,6 +76,11 @@ class Recipe:
             raise ExportError(
                 f"KV cache {self.kv_cache} is not possible with attention operator llama: ExecuTorch's own attention "
                 "reads float32; choose fp32, or attention operator mvlm"
+            )
+        if self.calibration != "none" and self.scales != "search":
+            raise ExportError(
+                f"scales {self.scales} are not possible with calibration, which searches for scales itself; leave "
+                "--scales out, or --calibrate"
             )
         if self.max_context_len < 2:
             raise ExportError(

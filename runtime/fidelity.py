@@ -24,7 +24,7 @@ from mvlm.export.models import MobileVLM as EagerMobileVLM
 from mvlm.export.models import TextDecoder
 from mvlm.export.package import describe
 from mvlm.export.recipe import Recipe
-from mvlm.runtime.preprocess import preprocess
+from mvlm.export.preprocess import preprocess
 from mvlm.runtime.program import PteProgram
 from mvlm.runtime.prompt import prompt_ids, prompt_text
 

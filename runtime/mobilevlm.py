@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from mvlm.runtime.chat import Chat, Context, Picture, Pictures
-from mvlm.runtime.preprocess import load_image, preprocess
+from mvlm.export.preprocess import load_image, preprocess
 from mvlm.runtime.program import PteError, PteProgram
 from mvlm.runtime.prompt import prompt_ids, prompt_text
 from mvlm.runtime.sampler import Sampler

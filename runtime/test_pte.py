@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     from mvlm.export.quantize import quantize
     from mvlm.export.recipe import Recipe
     from mvlm.runtime.fidelity import Thresholds, check
-    from mvlm.runtime.preprocess import load_image
+    from mvlm.export.preprocess import load_image
     from mvlm.runtime.program import PteError, PteProgram
 
     progress = Progress(options.quiet)

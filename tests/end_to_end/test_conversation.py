@@ -20,7 +20,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from mvlm.export.demo.world import draw, sample_scene
-from mvlm.runtime.preprocess import load_image, preprocess
+from mvlm.export.preprocess import load_image, preprocess
 from mvlm.runtime.program import PteProgram
 
 SYSTEM = (

@@ -27,7 +27,7 @@ from mvlm.export.demo.world import draw, questions, sample_scene
 from mvlm.export.errors import ExportError
 from mvlm.export.inspect import inspect_pte
 from mvlm.runtime import PteError, PteProgram
-from mvlm.runtime.preprocess import load_image, pad_to_square, preprocess
+from mvlm.export.preprocess import load_image, pad_to_square, preprocess
 
 #: What a Python program loads for the operators of a file: the quantized embedding's; and ExecuTorch's for language
 #: models, or our library.

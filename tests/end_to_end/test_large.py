@@ -23,7 +23,7 @@ from mvlm.export.package import describe
 from mvlm.export.quantize import quantize_weight, schemes_of
 from mvlm.export.recipe import Recipe, mobile
 from mvlm.runtime.fidelity import EagerStages, Stages, snr_db, teacher_forced
-from mvlm.runtime.preprocess import load_image, preprocess
+from mvlm.export.preprocess import load_image, preprocess
 from mvlm.runtime.program import PteProgram
 from mvlm.runtime.prompt import prompt_ids, prompt_text
 

@@ -22,7 +22,7 @@ from tiny_pte import TinyPte, hollow_constants, write_hollow_pte
 from torch import Tensor
 
 from mvlm.runtime import MobileVLM
-from mvlm.runtime.preprocess import load_image, preprocess
+from mvlm.export.preprocess import load_image, preprocess
 from mvlm.runtime.prompt import StreamingDecoder, prompt_ids
 
 # Answers

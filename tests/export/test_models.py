@@ -36,7 +36,7 @@ from mvlm.export.models import (
 )
 from mvlm.export.recipe import ATTENTION_OPS
 from mvlm.runtime.fidelity import snr_db
-from mvlm.runtime.preprocess import preprocess
+from mvlm.export.preprocess import preprocess
 
 #: Largest difference from the oracle, in float32, on outputs of the order of 1.
 TOLERANCE = 1e-4

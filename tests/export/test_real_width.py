@@ -39,7 +39,7 @@ from mvlm.export.recipe import Recipe
 from mvlm.export.spool import Spool
 from mvlm.ops.native import load_native_library
 from mvlm.runtime.fidelity import snr_db
-from mvlm.runtime.preprocess import load_image, pad_to_square, preprocess
+from mvlm.export.preprocess import load_image, pad_to_square, preprocess
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mutation on a buffer")  # the KV cache; it is meant
 

@@ -17,7 +17,7 @@ from mvlm.export.quantize import quantize
 from mvlm.export.recipe import Recipe, mobile
 from mvlm.runtime import PteProgram
 from mvlm.runtime.fidelity import Row, Thresholds, check, compare_free, cosine, nudged, reachable, snr_db
-from mvlm.runtime.preprocess import load_image
+from mvlm.export.preprocess import load_image
 from mvlm.runtime.test_pte import main
 
 #: Rows that look at the weights, not at what the file says about itself.
