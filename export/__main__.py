@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ RECIPE_FLAGS = (
     "prefill_chunk",
     "attention_op",
     "calibration",
+    "bits_budget",
 )
 
 EPILOG = """\
@@ -73,6 +75,14 @@ then:
   python -m mvlm.export.inspect mobilevlm.pte
   llava_main --model_path mobilevlm.pte --image_path photo.jpg --prompt "What is in the picture?"
 """
+
+
+def _share(text: str) -> float:
+    """``+5%`` or ``5%`` as 0.05."""
+    match = re.fullmatch(r"\+?(\d+(?:\.\d+)?)%", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; give per cent, +5% for example")
+    return float(match[1]) / 100
 
 
 class _List(argparse.Action):
@@ -155,6 +165,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--calibration-seed", type=int, metavar="N", help="of what is drawn (default: 0)")
     parser.add_argument(
+        "--bits-budget",
+        type=_share,
+        metavar="+N%",
+        help="bytes to add to the language model's layers, in which those linears get 8 bits that need them most "
+        "(with --calibrate; mobile: +0%%)",
+    )
+    parser.add_argument(
         "--attention-op",
         choices=ATTENTION_OPS,
         help="mvlm: our operators, for llava_main and mvlm.runtime; llama: ExecuTorch's attention and none of our "
@@ -202,6 +219,10 @@ def calibration_of(options: argparse.Namespace, recipe: Recipe) -> CalibrationOp
         "--calibration-tokens": options.calibration_tokens,
         "--calibration-seed": options.calibration_seed,
     }
+    if options.bits_budget and recipe.calibration != "full":
+        raise ExportError(
+            f"--bits-budget {options.bits_budget:+.0%} goes with --calibrate, which finds out where bits matter; add it"
+        )
     if recipe.calibration == "none":
         for flag, value in given.items():
             if value is not None:

@@ -175,7 +175,7 @@ class _MethodBuilder:
         uses = [
             (template, layer, f"{template.piece.name}.{index}" if layer else template.piece.name)
             for template in self.templates
-            for index, layer in enumerate(template.piece.layers or (None,))
+            for index, layer in enumerate(template.piece.layers or (None,), start=template.piece.first_layer)
         ]
         # Placeholders come first: lifted tensors, then the method's arguments.
         shared: dict[fx.Node, fx.Node] = {}
@@ -238,7 +238,9 @@ class _MethodBuilder:
             if is_common and node in shared:
                 nodes[node] = shared[node]
                 continue
-            target = f"{template.piece.name}.{spec.target}" if is_common else f"{name}.{spec.target}"
+            # Layers of another template, which begin with another number, have their own.
+            common = f"{template.piece.name}.from_{template.piece.first_layer}"
+            target = f"{common if is_common else name}.{spec.target}"
             if layer is not None and is_parameter:
                 tensor = torch.nn.Parameter(layer.floats[spec.target.removeprefix(prefix)], requires_grad=False)
             else:

@@ -2,12 +2,14 @@
 
 A method is cut where its stack of identical layers begins and ends. What comes before and after is captured with its
 real weights; of the layers one is captured, with a template's weights, and :mod:`mvlm.export.assemble` puts as many of
-it into the chain as there are. So capturing and lowering take as long for 32 layers as for one.
+it into the chain as there are. So capturing and lowering take as long for 32 layers as for one. Where some linears have
+8 bits and others 4, there is such a template for every way in which a layer is stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +31,7 @@ from mvlm.export.models import (
     build_kv_cache,
     rope_tables,
 )
-from mvlm.export.quantize import QuantizedCheckpoint, StackedLayer, template_layer
+from mvlm.export.quantize import QuantizedCheckpoint, Scheme, StackedLayer, layer_storage, template_layer
 from mvlm.export.recipe import Recipe
 
 
@@ -43,6 +45,7 @@ class Piece:
         inputs: names of the values that it takes from the method's.
         outputs: names of the values that it gives.
         layers: the layers in whose place it stands, one after another; empty for a part that stands for itself.
+        first_layer: number of the first of them in its stack.
         parameter_prefix: before a layer's names in ``program``.
         parameter_bytes: of the template's parameters by their names in a layer, as XNNPACK stores them.
     """
@@ -54,6 +57,7 @@ class Piece:
     layers: tuple[StackedLayer, ...] = ()
     parameter_prefix: str = ""
     parameter_bytes: dict[str, list[bytes]] = field(default_factory=dict)
+    first_layer: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,7 @@ def capture_text_decoder(model: MobileVLM, recipe: Recipe) -> ExportedProgram:
         return _export(decoder, arguments, shapes)
 
 
-def _layer_piece(
+def _layer_pieces(
     quantized: QuantizedCheckpoint,
     stack: str,
     wrap: Callable[[nn.Module], nn.Module],
@@ -216,11 +220,22 @@ def _layer_piece(
     dynamic_shapes: Any,
     inputs: tuple[str, ...],
     parameter_prefix: str,
-) -> Piece:
-    template, parameter_bytes = template_layer(quantized, stack)
-    program = _export(wrap(template), arguments, dynamic_shapes)
-    layers = tuple(quantized.stacks[stack])
-    return Piece(stack, program, inputs, ("hidden", "branch"), layers, parameter_prefix, parameter_bytes)
+) -> Iterator[Piece]:
+    """The layers of a stack. Those that are stored alike and follow each other are a piece, those that are stored alike
+    share a template, and so the program.
+    """
+    layers = quantized.stacks[stack]
+    templates: dict[tuple[Scheme | None, ...], tuple[ExportedProgram, dict[str, list[bytes]]]] = {}
+    first = 0
+    for storage, run in itertools.groupby(range(len(layers)), lambda index: layer_storage(quantized, stack, index)):
+        count = len(list(run))
+        if storage not in templates:
+            template, parameter_bytes = template_layer(quantized, stack, first)
+            templates[storage] = _export(wrap(template), arguments, dynamic_shapes), parameter_bytes
+        program, parameter_bytes = templates[storage]
+        part = tuple(layers[first : first + count])
+        yield Piece(stack, program, inputs, ("hidden", "branch"), part, parameter_prefix, parameter_bytes, first)
+        first += count
 
 
 def _vision_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
@@ -234,7 +249,7 @@ def _vision_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
     pieces = [Piece("vision_head", head, ("pixel_values",), names)]
     stack = "vision_tower.encoder.layers"
     if stack in quantized.stacks:
-        pieces.append(_layer_piece(quantized, stack, lambda layer: layer, stream, None, names, ""))
+        pieces += _layer_pieces(quantized, stack, lambda layer: layer, stream, None, names, "")
     tail = _export(_VisionTail(model), stream)
     if quantized.recipe.attention_op == "llama":
         tail = _fold_weights(tail)
@@ -251,7 +266,7 @@ def _text_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
     head = _export(_TextHead(), stream[:1], {"hidden_1LD": {1: num_tokens}})
     rope = rope_tables(config.head_dim, recipe.max_context_len, config.rope_theta)
     cache = build_kv_cache(config, recipe.max_context_len, recipe.kv_cache, recipe.attention_op)
-    layer = _layer_piece(
+    layers = _layer_pieces(
         quantized,
         "language_model.layers",
         lambda layer: _TextLayer(layer, cache, rope),
@@ -263,7 +278,7 @@ def _text_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
     tail = _export(_TextTail(model), stream, dynamic)
     return (
         Piece("text_head", head, ("hidden",), ("branch",)),
-        layer,
+        *layers,
         Piece("text_tail", tail, ("hidden", "branch"), ("logits",)),
     )
 

@@ -229,8 +229,12 @@ def lower(methods: Sequence[CapturedMethod], progress: Progress) -> Lowered:
     for method in methods:
         pieces = []
         parts = []
+        # Pieces whose layers are stored alike share a program.
+        lowered: dict[int, tuple[ExportedProgram, MethodDelegation]] = {}
         for piece in method.pieces:
-            program, part = lower_program(method.name, piece.program)
+            if id(piece.program) not in lowered:
+                lowered[id(piece.program)] = lower_program(method.name, piece.program)
+            program, part = lowered[id(piece.program)]
             pieces.append(replace(piece, program=program))
             parts += [part] * max(1, len(piece.layers))
             done += 1

@@ -83,12 +83,14 @@ def export_checkpoint(
             f"  group size {group_size} instead of {recipe.group_size} for {', '.join(kinds)}: their width wants it"
         )
     with progress.stage("identify checkpoint"):
-        metadata = describe(checkpoint, recipe)
+        checkpoint.checkpoint_id  # noqa: B018  (reads all files once; remembered)
     folder = found = None
     if recipe.calibration != "none":
         calibration = calibration or CalibrationOptions(recipe.calibration)
         folder = work_folder(checkpoint, recipe, calibration, path)
         found = calibrate(checkpoint, recipe, calibration, folder, progress)
+        recipe = found.recipe
+    metadata = describe(checkpoint, recipe)
     with Spool(path.absolute().parent) as spool:
         with progress.stage("read and quantize"):
             quantized = quantize_checkpoint(checkpoint, recipe, spool, progress, found)

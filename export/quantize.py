@@ -137,7 +137,7 @@ def scheme_of(name: str, module: nn.Module, recipe: Recipe) -> Scheme | None:
     if name == "language_model.lm_head":
         bits = recipe.lm_head_bits
     elif name.startswith("language_model."):
-        bits = 4
+        bits = 8 if name in recipe.eight_bit_linears else 4
     else:
         bits = {"int4": 4, "int8": 8, "fp32": 32}[recipe.vision]
         if isinstance(module, PatchEmbedding):
@@ -420,15 +420,23 @@ def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(tensor, requires_grad=False))
 
 
-def template_layer(quantized: QuantizedCheckpoint, stack: str) -> tuple[nn.Module, dict[str, list[bytes]]]:
-    """A layer of a stack with arbitrary weights, quantized like the real ones, to be lowered in their place.
+def layer_storage(quantized: QuantizedCheckpoint, stack: str, index: int) -> tuple[Scheme | None, ...]:
+    """How each linear of a layer is stored; equal for layers of a stack that are stored alike."""
+    return tuple(
+        scheme_of(f"{stack}.{index}.{name}", module, quantized.recipe)
+        for name, module in quantized.model.get_submodule(stack)[index].named_modules()
+    )
+
+
+def template_layer(quantized: QuantizedCheckpoint, stack: str, index: int) -> tuple[nn.Module, dict[str, list[bytes]]]:
+    """A layer with arbitrary weights, quantized like layer ``index`` of a stack, to be lowered in its place.
 
     No two of its tensors are equal, so that each is known by its bytes wherever it comes out of the lowering.
 
     Returns:
         The layer, and the bytes of each of its parameters as XNNPACK stores them.
     """
-    layer = quantized.model.get_submodule(stack)[0]
+    layer = quantized.model.get_submodule(stack)[index]
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         template = type(layer)(layer_config(quantized, stack)).eval().requires_grad_(False)
@@ -438,7 +446,7 @@ def template_layer(quantized: QuantizedCheckpoint, stack: str) -> tuple[nn.Modul
         scheme = None
         if name.endswith(".weight"):
             module_name = name.removesuffix(".weight")
-            scheme = scheme_of(f"{stack}.0.{module_name}", template.get_submodule(module_name), quantized.recipe)
+            scheme = scheme_of(f"{stack}.{index}.{module_name}", template.get_submodule(module_name), quantized.recipe)
         if scheme is not None:
             # How scales are chosen makes no difference to the lowering.
             tensor, _ = quantize_weight(tensor, replace(scheme, scales="affine"))

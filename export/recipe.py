@@ -43,6 +43,10 @@ class Recipe:
             for activations grows with it.
         attention_op: ``mvlm`` for our fused operators; ``llama`` for ExecuTorch's attention and none of ours, so that
             programs without our kernels run the file. ExecuTorch's keeps keys and values in float32.
+        bits_budget: bytes that may be added to the language model's layers, as a share of theirs, to give 8 bits to
+            those linears that need them most; which they are, calibration finds out, and only ``full`` looks for them.
+        eight_bit_linears: names of the language model's linears that have 8 bits instead of 4, with a scale per output
+            channel: ``language_model.layers.3.mlp.down_proj`` for example.
         calibration: what is known of the linears' inputs when their weights are quantized: ``none``; with ``quick``
             how much power each has, which weights the search for scales; with ``full`` what GPTQ wants.
     """
@@ -58,6 +62,8 @@ class Recipe:
     prefill_chunk: int = 256
     attention_op: str = "mvlm"
     calibration: str = "none"
+    bits_budget: float = 0.0
+    eight_bit_linears: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, value, allowed in (
@@ -82,6 +88,8 @@ class Recipe:
                 f"scales {self.scales} are not possible with calibration, which searches for scales itself; leave "
                 "--scales out, or --calibrate"
             )
+        if not 0 <= self.bits_budget <= 1:
+            raise ExportError(f"bits budget {self.bits_budget:+.0%} is not possible: +0% to +100%")
         if self.max_context_len < 2:
             raise ExportError(
                 f"max context length {self.max_context_len} is too short: a prompt and an answer need 2 at least"
@@ -107,8 +115,9 @@ class Recipe:
             ValueError: ``text`` is no JSON, or has other fields than a recipe.
         """
         try:
-            return cls(**json.loads(text))
-        except TypeError as error:
+            values = json.loads(text)
+            return cls(**values | {"eight_bit_linears": tuple(values.get("eight_bit_linears", ()))})
+        except (AttributeError, TypeError) as error:
             raise ValueError(f"{text} is no recipe: {error}") from error
 
 

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,8 @@ from mvlm.export.calibrate.data import (
 )
 from mvlm.export.calibrate.gptq import corrected_target, damped, gptq
 from mvlm.export.calibrate.sample import FloatLanguageModel, Prompt, continue_prompts, read_layer, read_sequences
+from mvlm.export.calibrate.sensitivity import TOKENS as SENSITIVITY_TOKENS
+from mvlm.export.calibrate.sensitivity import sensitivities, widen
 from mvlm.export.calibrate.work_folder import WorkFolder
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.errors import ExportError
@@ -89,11 +91,13 @@ class CalibrationResult:
     """What calibration found out; a :class:`mvlm.export.quantize.Calibration`.
 
     Attributes:
+        recipe: by which the checkpoint is to be quantized: the one that was given, and in it which linears get 8 bits.
         schemes: of the linears.
         importances: second moments of inputs, by names of linears.
         folder: that holds the weights.
     """
 
+    recipe: Recipe
     schemes: Mapping[str, Scheme]
     importances: Mapping[str, Tensor] = field(default_factory=dict)
     folder: WorkFolder | None = None
@@ -127,6 +131,7 @@ def work_folder(checkpoint: Checkpoint, recipe: Recipe, options: CalibrationOpti
         "checkpoint": checkpoint.checkpoint_id,
         "schemes": schemes,
         "mode": options.mode,
+        "bits_budget": recipe.bits_budget,
         "tokens": options.tokens,
         "seed": options.seed,
         "inputs": inputs,
@@ -190,10 +195,13 @@ class _Calibrator:
                 data = self._write(data, pictures)
         if self.options.mode == "quick":
             moments = {name: total / self._tokens[name] for name, total in self._importances.items()}
-            return CalibrationResult(self.schemes, moments)
+            return CalibrationResult(self.recipe, self.schemes, moments)
+        if self.recipe.bits_budget > 0 and not self.recipe.eight_bit_linears:
+            with self.progress.stage("calibrate: where bits matter"):
+                self._choose_bits(self._embedded(data, pictures, quantized_pictures))
         with self.progress.stage("calibrate: language model"):
             self._language_model(data, pictures, quantized_pictures)
-        return CalibrationResult(self.schemes, folder=self.folder)
+        return CalibrationResult(self.recipe, self.schemes, folder=self.folder)
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -336,6 +344,42 @@ class _Calibrator:
             setattr(module.get_submodule(parent), own_name, nn.Parameter(tensor.to(self.device), requires_grad=False))
         return module
 
+    def _choose_bits(self, stream: Stream) -> None:
+        """Finds out which linears get 8 bits, and changes recipe and schemes to that."""
+        names = [
+            name for name in self.schemes if name.startswith(LANGUAGE_MODEL + ".") and self.schemes[name].bits == 4
+        ]
+        stored = self.folder.load("sensitivities")
+        if stored is None:
+            # Whole sequences, drawn from all of them.
+            some: list[Tensor] = []
+            parts = stream.float32.split(list(stream.lengths))
+            for index in torch.randperm(len(parts), generator=self.generator).tolist():
+                if sum(map(len, some)) + len(parts[index]) <= max(SENSITIVITY_TOKENS, len(parts[index])):
+                    some.append(parts[index])
+            part = Stream(torch.cat(some), torch.empty(0), [len(one) for one in some])
+            rope = self._rope(max(part.lengths))
+            found = sensitivities(self.checkpoint, self.schemes, part, rope, self.generator, self.progress)
+            stored = {"nats": torch.tensor([found[name] for name in names])}
+            self.folder.save("sensitivities", stored)
+        shapes = {
+            name: module.weight.shape for name, module in meta_model(self.checkpoint).named_modules() if name in names
+        }
+        nats = dict(zip(names, stored["nats"].tolist(), strict=True))
+        chosen = widen(nats, self.schemes, shapes, self.recipe.bits_budget)
+        share = sum(nats[name] for name in chosen) / (sum(nats.values()) or 1.0)
+        self.progress.say(
+            f"  8 bits for {len(chosen)} of {len(names)} linears of the language model, from which {share:.0%} of the "
+            "damage would come"
+        )
+        self.recipe = replace(self.recipe, eight_bit_linears=chosen)
+        self.schemes = schemes_of(meta_model(self.checkpoint), self.recipe)
+
+    def _rope(self, positions: int) -> tuple[Tensor, Tensor]:
+        config = self.checkpoint.config.text
+        cos, sin = rope_tables(config.head_dim, positions, config.rope_theta)
+        return cos.to(self.device), sin.to(self.device)
+
     # ---- layers -----------------------------------------------------------------------------------------------------
 
     def _is_calibrated(self, name: str) -> bool:
@@ -384,9 +428,7 @@ class _Calibrator:
         done, stream = self._resume(data)
         if stream is None:
             stream = self._embedded(data, pictures, quantized_pictures)
-        rope = tuple(
-            table.to(self.device) for table in rope_tables(config.head_dim, max(stream.lengths), config.rope_theta)
-        )
+        rope = self._rope(max(stream.lengths))
         # The head is as much work as a layer or so.
         total = config.num_hidden_layers + 1
         for index in range(done, config.num_hidden_layers):
