@@ -29,20 +29,39 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
+#: Seconds between two lines that say how far a stage is, where there is no terminal that shows it all the time.
+SECONDS_BETWEEN_LINES = 60.0
+
+
+def time_left(seconds: float, done: float) -> str:
+    """``, 3 min left`` of something that took ``seconds`` for a share ``done``; nothing if it is too early to tell."""
+    if seconds < 10 or not 0 < done < 1:
+        return ""
+    left = seconds * (1 - done) / done
+    return f", {left:.0f} s left" if left < 100 else f", {left / 60:.0f} min left"
+
+
 class Progress:
     """Says what is done on stderr: a line per stage, with the time it took and the memory peak so far.
 
-    On a terminal the line of a stage counts the seconds while it runs.
+    On a terminal the line of a stage counts the seconds while it runs, and tells how much is left; elsewhere a long
+    stage says so once a minute.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._start = time.monotonic()
         self._share: float | None = None
+        self._begin = self._last_line = self._start
+        self._has_terminal = not quiet and sys.stderr.isatty()
 
     def share(self, done: float) -> None:
-        """How much of the present stage is done, 0 .. 1; shown on a terminal."""
+        """How much of the present stage is done, 0 .. 1."""
         self._share = done
+        now = time.monotonic()
+        if not self._has_terminal and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self.say(f"  {done:.0%}{time_left(now - self._begin, done)}")
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -51,16 +70,17 @@ class Progress:
     @contextmanager
     def stage(self, title: str, counts: bool = True) -> Iterator[None]:
         """Says when ``title`` begins and what it took; ``counts=False`` leaves the terminal to others meanwhile."""
-        begin = time.monotonic()
+        begin = self._begin = self._last_line = time.monotonic()
         done = threading.Event()
         ticker = None
         self._share = None
-        if counts and not self.quiet and sys.stderr.isatty():
+        if counts and self._has_terminal:
 
             def tick() -> None:
                 while not done.wait(1.0):
-                    share = "" if self._share is None else f"{self._share:6.0%}"
-                    line = f"\r{title:<44}{time.monotonic() - begin:7.1f} s{share}"
+                    seconds, done_so_far = time.monotonic() - begin, self._share
+                    share = "" if done_so_far is None else f"{done_so_far:6.0%}{time_left(seconds, done_so_far)}"
+                    line = f"\r{title:<44}{seconds:7.1f} s{share:<24}"
                     print(line, end="", file=sys.stderr, flush=True)
 
             ticker = threading.Thread(target=tick, daemon=True)

@@ -23,8 +23,8 @@ from mvlm.export.errors import ExportError
 from mvlm.export.models import MobileVLM as EagerMobileVLM
 from mvlm.export.models import TextDecoder
 from mvlm.export.package import describe
-from mvlm.export.recipe import Recipe
 from mvlm.export.preprocess import preprocess
+from mvlm.export.recipe import Recipe
 from mvlm.runtime.program import PteProgram
 from mvlm.runtime.prompt import prompt_ids, prompt_text
 

@@ -11,8 +11,8 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from mvlm.runtime.chat import Chat, Context, Picture, Pictures
 from mvlm.export.preprocess import load_image, preprocess
+from mvlm.runtime.chat import Chat, Context, Picture, Pictures
 from mvlm.runtime.program import PteError, PteProgram
 from mvlm.runtime.prompt import prompt_ids, prompt_text
 from mvlm.runtime.sampler import Sampler

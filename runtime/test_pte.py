@@ -41,10 +41,10 @@ def run(options: argparse.Namespace) -> list[Row]:
     # Late, so that --help and wrong flags answer at once.
     import torch
 
+    from mvlm.export.preprocess import load_image
     from mvlm.export.quantize import quantize
     from mvlm.export.recipe import Recipe
     from mvlm.runtime.fidelity import Thresholds, check
-    from mvlm.export.preprocess import load_image
     from mvlm.runtime.program import PteError, PteProgram
 
     progress = Progress(options.quiet)

@@ -9,7 +9,6 @@ The data are what the user gives, and else what the model writes itself: text fr
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -36,19 +35,18 @@ from mvlm.export.calibrate.data import (
     text_windows,
 )
 from mvlm.export.calibrate.gptq import corrected_target, damped, gptq
-from mvlm.export.calibrate.sample import FloatLanguageModel, Prompt, continue_prompts, read_layer, read_sequences
+from mvlm.export.calibrate.sample import Prompt, continue_prompts
 from mvlm.export.calibrate.sensitivity import TOKENS as SENSITIVITY_TOKENS
 from mvlm.export.calibrate.sensitivity import sensitivities, widen
 from mvlm.export.calibrate.work_folder import WorkFolder
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.errors import ExportError
 from mvlm.export.models import rope_tables
-from mvlm.export.models.clip import CLIPEncoderLayer
-from mvlm.export.models.mobilellama import DecoderLayer
 from mvlm.export.progress import Progress, return_freed_memory
 from mvlm.export.quantize import Scheme, meta_model, quantize_weight, quantized_tensor, schemes_of
 from mvlm.export.recipe import Recipe
 from mvlm.export.scales import search_scales
+from mvlm.export.streamed_model import FloatLanguageModel, read_sequences
 
 #: Share of the way to the weights that would undo what quantization has done to a linear's inputs. All of it fits what
 #: is accidental in the calibration data: measured on a real Llama of 135 million parameters, half is best up to
@@ -253,7 +251,8 @@ class _Calibrator:
                 else:
                     whole.append(embeddings)
             if self.options.mode == "quick" and whole:
-                read_sequences(model, whole)
+                for x_LD in read_sequences(model, whole):
+                    model.logits(x_LD)
             prompts = [group for group in groups.values() if group]
             written = continue_prompts(model, prompts, self.generator, self.progress) if prompts else []
             continued = iter([torch.tensor(ids) for group in written for ids in group])
@@ -290,8 +289,6 @@ class _Calibrator:
         stored = self.folder.load("pictures")
         if stored is not None:
             return stored["float32"].to(self.device), stored["quantized"].to(self.device)
-        config = self.checkpoint.config.vision
-        assert config is not None
         empty = meta_model(self.checkpoint)
         heads = [
             self._module(empty.vision_tower.embeddings, "vision_tower.embeddings", which) for which in (False, True)
@@ -303,9 +300,10 @@ class _Calibrator:
         stream = Stream(float32.flatten(0, 1), quantized.flatten(0, 1), [float32.shape[1]] * len(pixels))
         num_layers = len(empty.vision_tower.encoder.layers)
         for index in range(num_layers):
-            layer = read_layer(self.checkpoint, VISION_TOWER, index, CLIPEncoderLayer, config, self.device)
+            name = f"{VISION_TOWER}.{index}"
+            layer = self.checkpoint.load_part(empty.vision_tower.encoder.layers[index], name, self.device)
             for branch in encoder_branches(layer):  # type: ignore[arg-type]
-                self._pass(stream, layer, branch, f"{VISION_TOWER}.{index}")
+                self._pass(stream, layer, branch, name)
             self.progress.share((index + 1) / (num_layers + 1))
         features = [x.unflatten(0, (len(pixels), -1))[:, 1:] for x in (stream.float32, stream.quantized)]
         float32, quantized = self._project(empty.mm_projector, *features)
@@ -332,16 +330,13 @@ class _Calibrator:
 
     def _module(self, empty: nn.Module, name: str, is_quantized: bool) -> nn.Module:
         """A part of the model with its weights, in float32 or as the recipe stores them."""
-        module = _copy_of(empty)
-        for path, _ in list(module.named_parameters()):
-            full = f"{name}.{path}"
-            tensor: Tensor = self.checkpoint.read(full)
-            scheme = self.schemes.get(full.removesuffix(".weight")) if path.endswith("weight") else None
-            if is_quantized and scheme is not None:
-                tensor = quantize_weight(tensor, scheme)[0]
-                tensor = tensor.dequantize() if hasattr(tensor, "qdata") else tensor.float()
-            parent, _, own_name = path.rpartition(".")
-            setattr(module.get_submodule(parent), own_name, nn.Parameter(tensor.to(self.device), requires_grad=False))
+        module = self.checkpoint.load_part(empty, name, self.device)
+        if is_quantized:
+            for path, part in module.named_modules():
+                scheme = self.schemes.get(f"{name}.{path}" if path else name)
+                if scheme is not None:
+                    weight, _ = quantize_weight(part.weight.detach().cpu(), scheme)
+                    part.weight = nn.Parameter(_float32(weight).to(self.device), requires_grad=False)
         return module
 
     def _choose_bits(self, stream: Stream) -> None:
@@ -397,7 +392,7 @@ class _Calibrator:
             if moments is not None:
                 return self._gptq(full, linear.weight, moments)
             weight, _ = quantize_weight(linear.weight.detach().cpu(), self.schemes.get(full, Scheme(32)))
-            return (weight.dequantize() if hasattr(weight, "qdata") else weight).to(self.device)
+            return _float32(weight).to(self.device)
 
         first = f"{name}.{branch.first}"
         is_quantized = self.schemes.get(first, Scheme(32)).bits < 16
@@ -429,12 +424,14 @@ class _Calibrator:
         if stream is None:
             stream = self._embedded(data, pictures, quantized_pictures)
         rope = self._rope(max(stream.lengths))
+        layers = meta_model(self.checkpoint).language_model.layers
         # The head is as much work as a layer or so.
         total = config.num_hidden_layers + 1
         for index in range(done, config.num_hidden_layers):
-            layer = read_layer(self.checkpoint, LANGUAGE_MODEL, index, DecoderLayer, config, self.device)
+            name = f"{LANGUAGE_MODEL}.{index}"
+            layer = self.checkpoint.load_part(layers[index], name, self.device)
             for branch in decoder_branches(layer, *rope):  # type: ignore[arg-type]
-                self._pass(stream, layer, branch, f"{LANGUAGE_MODEL}.{index}")
+                self._pass(stream, layer, branch, name)
             del layer
             self._keep(index + 1, stream)
             return_freed_memory()
@@ -455,8 +452,7 @@ class _Calibrator:
     def _embedded(self, data: CalibrationData, pictures: Tensor | None, quantized_pictures: Tensor | None) -> Stream:
         name = "language_model.embed_tokens"
         table = self.checkpoint.read(f"{name}.weight")
-        quantized = quantize_weight(table, self.schemes[name])[0]
-        quantized_table = quantized.dequantize() if hasattr(quantized, "qdata") else quantized
+        quantized_table = _float32(quantize_weight(table, self.schemes[name])[0])
         sides = [
             torch.cat([self._embed(sequence, side.to(self.device), embeddings) for sequence in data.sequences])
             for side, embeddings in ((table, pictures), (quantized_table, quantized_pictures))
@@ -489,9 +485,9 @@ class _Calibrator:
         return done, Stream(*sides, stored["lengths"].tolist())
 
 
-def _copy_of(empty: nn.Module) -> nn.Module:
-    """A copy of a module on the meta device whose parameters can be set without changing the first."""
-    return copy.deepcopy(empty).eval().requires_grad_(False)
+def _float32(weight: Tensor) -> Tensor:
+    """A weight of :func:`quantize_weight` as plain float32."""
+    return weight.dequantize() if isinstance(weight, IntxUnpackedToInt8Tensor) else weight.float()
 
 
 def _inputs_of(path: str, module: nn.Module, features: Tensor) -> Tensor:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mvlm.export.calibrate.branches import Stream, decoder_branches
-from mvlm.export.calibrate.sample import read_layer
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.models.mobilellama import DecoderLayer
 from mvlm.export.progress import Progress, return_freed_memory
-from mvlm.export.quantize import Scheme, quantize_weight, stored_bytes
+from mvlm.export.quantize import Scheme, meta_model, quantize_weight, stored_bytes
 
 #: Tokens that are enough to rank some hundred linears; the streams of all layers are in memory at once.
 TOKENS = 2048
@@ -53,8 +52,10 @@ def sensitivities(
     device = stream.float32.device
     lengths = list(stream.lengths)
 
+    layers = meta_model(checkpoint).language_model.layers
+
     def layer_of(index: int) -> DecoderLayer:
-        return read_layer(checkpoint, "language_model.layers", index, DecoderLayer, config, device)  # type: ignore[return-value]
+        return checkpoint.load_part(layers[index], f"language_model.layers.{index}", device)  # type: ignore[return-value]
 
     inputs = [stream.float32]
     with torch.no_grad():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvlm.export.checkpoint.configs import ImagePreprocessing
 from mvlm.export.models import MobileVLM, MobileVLMConfig, fused_parts, unfused
@@ -81,6 +82,21 @@ class Checkpoint:
         for part, place in zip(parts, whole.split(rows), strict=True):
             place.copy_(self.weights.read(part, shapes[part]))
         return whole
+
+    def load_part(self, part: nn.Module, prefix: str, device: torch.device | None = None) -> nn.Module:
+        """A part of the model, such as one layer, in float32, in eval mode, without gradients.
+
+        Args:
+            part: a module of the model on the meta device; it is left as it is.
+            prefix: its name in the model.
+            device: of the result; the CPU by default.
+        """
+        loaded = copy.deepcopy(part).eval().requires_grad_(False)
+        for name, _ in list(loaded.named_parameters()):
+            parent, _, own_name = name.rpartition(".")
+            tensor = self.read(f"{prefix}.{name}").to(device or "cpu")
+            setattr(loaded.get_submodule(parent), own_name, nn.Parameter(tensor, requires_grad=False))
+        return loaded
 
     def load_model(self) -> MobileVLM:
         """The whole model in float32, in eval mode, without gradients: four bytes of memory for each parameter."""

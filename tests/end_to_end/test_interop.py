@@ -26,8 +26,8 @@ from mvlm.export.contract import PROMPT_PLACEHOLDER, ImageProcessing, Metadata
 from mvlm.export.demo.world import draw, questions, sample_scene
 from mvlm.export.errors import ExportError
 from mvlm.export.inspect import inspect_pte
-from mvlm.runtime import PteError, PteProgram
 from mvlm.export.preprocess import load_image, pad_to_square, preprocess
+from mvlm.runtime import PteError, PteProgram
 
 #: What a Python program loads for the operators of a file: the quantized embedding's; and ExecuTorch's for language
 #: models, or our library.

@@ -20,10 +20,10 @@ from mvlm.export.checkpoint import Checkpoint, parameter_shapes, random_checkpoi
 from mvlm.export.checkpoint.checkpoint import empty_model
 from mvlm.export.models import MobileVLM
 from mvlm.export.package import describe
+from mvlm.export.preprocess import load_image, preprocess
 from mvlm.export.quantize import quantize_weight, schemes_of
 from mvlm.export.recipe import Recipe, mobile
 from mvlm.runtime.fidelity import EagerStages, Stages, snr_db, teacher_forced
-from mvlm.export.preprocess import load_image, preprocess
 from mvlm.runtime.program import PteProgram
 from mvlm.runtime.prompt import prompt_ids, prompt_text
 

@@ -21,8 +21,8 @@ from sentencepiece import SentencePieceProcessor
 from tiny_pte import TinyPte, hollow_constants, write_hollow_pte
 from torch import Tensor
 
-from mvlm.runtime import MobileVLM
 from mvlm.export.preprocess import load_image, preprocess
+from mvlm.runtime import MobileVLM
 from mvlm.runtime.prompt import StreamingDecoder, prompt_ids
 
 # Answers

@@ -34,9 +34,9 @@ from mvlm.export.models import (
     build_projector,
     image_token_count,
 )
+from mvlm.export.preprocess import preprocess
 from mvlm.export.recipe import ATTENTION_OPS
 from mvlm.runtime.fidelity import snr_db
-from mvlm.export.preprocess import preprocess
 
 #: Largest difference from the oracle, in float32, on outputs of the order of 1.
 TOLERANCE = 1e-4

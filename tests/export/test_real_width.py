@@ -33,13 +33,13 @@ from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from mvlm.export.lower import Lowered, lower_program
 from mvlm.export.models import MobileVLM, TextDecoder
 from mvlm.export.package import describe, write_pte
+from mvlm.export.preprocess import load_image, pad_to_square, preprocess
 from mvlm.export.progress import Progress
 from mvlm.export.quantize import meta_model, quantize, quantize_checkpoint
 from mvlm.export.recipe import Recipe
 from mvlm.export.spool import Spool
 from mvlm.ops.native import load_native_library
 from mvlm.runtime.fidelity import snr_db
-from mvlm.export.preprocess import load_image, pad_to_square, preprocess
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mutation on a buffer")  # the KV cache; it is meant
 

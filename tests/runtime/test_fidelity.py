@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mvlm.export.checkpoint import MOBILEVLM_TEMPLATE, random_checkpoint
 from mvlm.export.pipeline import export_checkpoint
+from mvlm.export.preprocess import load_image
 from mvlm.export.quantize import quantize
 from mvlm.export.recipe import Recipe, mobile
 from mvlm.runtime import PteProgram
 from mvlm.runtime.fidelity import Row, Thresholds, check, compare_free, cosine, nudged, reachable, snr_db
-from mvlm.export.preprocess import load_image
 from mvlm.runtime.test_pte import main
 
 #: Rows that look at the weights, not at what the file says about itself.
