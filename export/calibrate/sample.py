@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mvlm.export.errors import ExportError
 from mvlm.export.progress import Progress, return_freed_memory
 from mvlm.export.streamed_model import FloatLanguageModel, SequenceGroup, pass_layers
 
@@ -51,6 +52,9 @@ def continue_prompts(
 
     Returns:
         For each group and prompt the ids that followed, end ids included.
+
+    Raises:
+        ExportError: the model's logits are not finite.
     """
     prompts = [prompt for group in groups for prompt in group]
     rooms = [max(prompt.new_tokens for prompt in group) for group in groups]
@@ -71,6 +75,8 @@ def continue_prompts(
     all_ends = sorted({token for prompt in prompts for token in prompt.end_ids})
     for step in range(max(rooms)):
         logits_BV = model.logits(x_BD).cpu()
+        if not bool(torch.isfinite(logits_BV).all()):
+            raise ExportError("the float model's logits are not finite numbers: the checkpoint is damaged")
         for logits_V, prompt in zip(logits_BV, prompts, strict=True):
             if not prompt.end_ids:
                 logits_V[all_ends] = -math.inf
