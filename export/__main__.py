@@ -50,6 +50,12 @@ RECIPE_FLAGS = (
     "bits_budget",
 )
 
+#: Said behind an export that was not calibrated. The figures are of SmolLM2-135M, see README.
+UNCALIBRATED = (
+    "not calibrated: --calibrate would bring answers closer to the float model's. Of a real Llama of 135 million "
+    "parameters the divergence from float32 fell from 0.42 to 0.08 nats a token with it, to 0.25 with --calibrate quick"
+)
+
 EPILOG = """\
 examples:
   # the bundled demo model, with its picture beside it
@@ -115,13 +121,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="named recipe; the flags below change parts of it (default: %(default)s)",
     )
     parser.add_argument(
-        "--group-size", type=int, choices=GROUP_SIZES, help="4-bit weights that share a scale (mobile: 128)"
+        "--group-size", type=int, choices=GROUP_SIZES, help="4-bit weights that share a scale (mobile: 32)"
     )
     parser.add_argument(
         "--scales", choices=sorted(SCALE_ALGORITHMS), help="how the scale of a group is chosen (mobile: search)"
     )
     parser.add_argument(
-        "--lm-head-bits", type=int, choices=LM_HEAD_BITS, help="of the layer that makes logits (mobile: 4)"
+        "--lm-head-bits", type=int, choices=LM_HEAD_BITS, help="of the layer that makes logits (mobile: 8)"
     )
     parser.add_argument("--embedding-bits", type=int, choices=EMBEDDING_BITS, help="of the token embedding (mobile: 8)")
     parser.add_argument("--vision", choices=VISION_WEIGHTS, help="weights of vision tower and projector (mobile: int8)")
@@ -169,7 +175,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=_share,
         metavar="+N%",
         help="bytes to add to the language model's layers, in which those linears get 8 bits that need them most "
-        "(with --calibrate; mobile: +0%%)",
+        "(with --calibrate; accurate: +20%%, else none)",
     )
     parser.add_argument(
         "--attention-op",
@@ -282,6 +288,8 @@ def run(options: argparse.Namespace) -> None:
         checkpoint, options.pte_name, recipe, progress, options.report, options.force, calibration
     )
     progress.say(f"{exported.path}: {exported.size:,} bytes, {exported.metadata.model_name}, {recipe.to_json()}")
+    if recipe.calibration == "none":
+        progress.say(UNCALIBRATED)
     if options.with_artifacts:
         for path in write_artifacts(exported.path, exported.metadata, exported.tokenizer, demo.SAMPLE_IMAGE):
             progress.say(f"{path}: {path.stat().st_size:,} bytes")
