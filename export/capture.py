@@ -23,12 +23,15 @@ import mvlm.ops
 from mvlm.export.checkpoint.configs import ImagePreprocessing
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from mvlm.export.models import (
+    LOGIT_POSITIONS,
     CLIPVisionTower,
     MobileLlama,
     MobileVLM,
+    MobileVLMConfig,
     PictureInput,
     TextDecoder,
     build_kv_cache,
+    last_positions,
     rope_tables,
 )
 from mvlm.export.quantize import QuantizedCheckpoint, Scheme, StackedLayer, layer_storage, template_layer
@@ -143,13 +146,16 @@ class _TextLayer(nn.Module):
 
 
 class _TextTail(nn.Module):
-    def __init__(self, model: MobileLlama) -> None:
+    def __init__(self, model: MobileLlama, logit_positions: int) -> None:
         super().__init__()
         self.norm = model.norm
         self.lm_head = model.lm_head
+        self.logit_positions = logit_positions
 
     def forward(self, hidden_1LD: Tensor, branch_1LD: Tensor) -> Tensor:
-        return self.lm_head(self.norm.add(hidden_1LD[:, -1:], branch_1LD[:, -1:])[1])
+        last_M = last_positions(hidden_1LD.shape[1], self.logit_positions)
+        _, y_1MD = self.norm.add(hidden_1LD.index_select(1, last_M), branch_1LD.index_select(1, last_M))
+        return self.lm_head(y_1MD[0])[None]
 
 
 def _export(module: nn.Module, arguments: tuple[Tensor, ...], dynamic_shapes: Any = None) -> ExportedProgram:
@@ -166,6 +172,11 @@ def _fold_weights(program: ExportedProgram) -> ExportedProgram:
 def _operators(recipe: Recipe) -> AbstractContextManager[Any]:
     """In it, what is captured has our operators or, if the recipe wants none of them, what they are made of."""
     return mvlm.ops.References() if recipe.attention_op == "llama" else nullcontext()
+
+
+def logit_positions(recipe: Recipe, config: MobileVLMConfig) -> int:
+    """The last positions of a call of ``text_decoder`` whose logits it gives, if the call has so many."""
+    return min(LOGIT_POSITIONS, recipe.max_seq_len(config))
 
 
 def _num_tokens(max_seq_len: int) -> Dim:
@@ -207,7 +218,13 @@ def capture_text_decoder(model: MobileVLM, recipe: Recipe) -> ExportedProgram:
     """The method as a whole."""
     arguments = (torch.zeros(1, 2, model.config.text.hidden_size), torch.zeros(1, dtype=torch.int64))
     shapes = {"embeddings_1LD": {1: _num_tokens(recipe.max_seq_len(model.config))}, "start_pos": None}
-    decoder = TextDecoder(model.language_model, recipe.max_context_len, recipe.kv_cache, recipe.attention_op)
+    decoder = TextDecoder(
+        model.language_model,
+        recipe.max_context_len,
+        recipe.kv_cache,
+        recipe.attention_op,
+        logit_positions(recipe, model.config),
+    )
     with _operators(recipe):
         return _export(decoder, arguments, shapes)
 
@@ -275,7 +292,7 @@ def _text_pieces(quantized: QuantizedCheckpoint) -> tuple[Piece, ...]:
         ("hidden", "branch", "start_pos"),
         "layer.",
     )
-    tail = _export(_TextTail(model), stream, dynamic)
+    tail = _export(_TextTail(model, logit_positions(recipe, quantized.model.config)), stream, dynamic)
     return (
         Piece("text_head", head, ("hidden",), ("branch",)),
         *layers,

@@ -11,7 +11,8 @@ prefix included: nothing in its prompt stands for a picture, and ``<image>`` in 
 All other models have all of them; a file with only some is broken.
 
 Format 2: the language model reads a long prompt in steps of ``get_max_seq_len`` tokens, the operators are others, and
-:data:`PROGRAM_ID` is new. Format 3: ``mvlm_next_turn_template`` is new.
+:data:`PROGRAM_ID` is new. Format 3: ``mvlm_next_turn_template`` is new. Format 4: :data:`TEXT_DECODER` gives the logits
+of several positions, and ``mvlm_logit_positions`` says of how many.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 #: Version of this contract; a reader refuses a file with another one.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+
+#: Constant method that gives the file's.
+FORMAT = "mvlm_format_version"
 
 #: Takes pixel_values float32 [1, 3, S, S]; in a file made with ``--attention-op llama`` the picture itself, uint8
 #: [3, H, W] with sides up to S, as ExecuTorch's own programs hand it over.
 VISION_ENCODER = "vision_encoder"
 TOKEN_EMBEDDING = "token_embedding"
+#: Takes embeddings float32 [1, n, hidden] and start_pos int64 [1]; gives the logits float32 [1, m, vocab] of the last
+#: m = min(n, :attr:`Metadata.logit_positions`) positions, the last one's in the last row.
 TEXT_DECODER = "text_decoder"
 
 #: Constant method that holds the SentencePiece model file, a uint8 tensor [bytes].
@@ -37,6 +43,17 @@ PROGRAM_ID = "mvlm_program_id"
 
 #: Where the question goes in :attr:`Metadata.prompt_template` and :attr:`Metadata.next_turn_template`.
 PROMPT_PLACEHOLDER = "{prompt}"
+
+
+def check_format_version(version: int) -> None:
+    """Refuses files of another format than :data:`FORMAT_VERSION`, with advice.
+
+    Raises:
+        ValueError: ``version`` is another one.
+    """
+    if version != FORMAT_VERSION:
+        advice = "install a newer mvlm" if version > FORMAT_VERSION else "export it again"
+        raise ValueError(f"the file is of format {version}, this mvlm reads format {FORMAT_VERSION}: {advice}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Metadata:
         recipe: the recipe as a JSON object.
         max_seq_len: tokens that one call of ``text_decoder`` or ``token_embedding`` takes at the most.
         max_context_len: positions of the KV cache.
+        logit_positions: of how many positions, the last ones, a call of ``text_decoder`` gives logits at the most.
         vocab_size: width of the logits.
         bos_id: token id that opens every prompt.
         eos_ids: token ids that end an answer.
@@ -88,6 +106,7 @@ class Metadata:
     recipe: str
     max_seq_len: int
     max_context_len: int
+    logit_positions: int
     vocab_size: int
     bos_id: int
     eos_ids: tuple[int, ...]
@@ -99,6 +118,11 @@ class Metadata:
     image: ImageProcessing | None
 
     def __post_init__(self) -> None:
+        if not 1 <= self.logit_positions <= self.max_seq_len:
+            raise ValueError(
+                f"logit_positions {self.logit_positions} is not in 1 .. {self.max_seq_len} (max_seq_len): a call gives "
+                "logits of no more positions than it takes"
+            )
         for what, template in (("prompt", self.prompt_template), ("next turn's", self.next_turn_template)):
             if template.count(PROMPT_PLACEHOLDER) != 1:
                 raise ValueError(f"the {what} template must contain {PROMPT_PLACEHOLDER} once: {template!r}")
@@ -123,13 +147,14 @@ class Metadata:
             "use_kv_cache": True,
             "use_sdpa_with_kv_cache": True,
             "enable_dynamic_shape": True,
-            "mvlm_format_version": FORMAT_VERSION,
+            FORMAT: FORMAT_VERSION,
             "mvlm_version": self.mvlm_version,
             "mvlm_model_name": self.model_name,
             "mvlm_checkpoint_id": self.checkpoint_id,
             "mvlm_recipe": self.recipe,
             "mvlm_prompt_template": self.prompt_template,
             "mvlm_next_turn_template": self.next_turn_template,
+            "mvlm_logit_positions": self.logit_positions,
             "mvlm_stop_strings": list(self.stop_strings),
         }
         if self.image is not None:
@@ -150,13 +175,10 @@ class Metadata:
 
         Raises:
             ValueError: ``values`` lacks a name, has some but not all of :data:`IMAGE_CONSTANT_METHODS`, or the file is
-                of a newer format.
+                of another format.
         """
         # The version first: another format may lack what this one must have.
-        version = values.get("mvlm_format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            advice = "install a newer mvlm" if version > FORMAT_VERSION else "export it again"
-            raise ValueError(f"the file is of format {version}, this mvlm reads format {FORMAT_VERSION}: {advice}")
+        check_format_version(values.get(FORMAT, FORMAT_VERSION))
         has_image = any(name in values for name in IMAGE_CONSTANT_METHODS)
         required = [name for name in CONSTANT_METHODS if has_image or name not in IMAGE_CONSTANT_METHODS]
         missing = [name for name in required if name not in values]
@@ -178,6 +200,7 @@ class Metadata:
             recipe=values["mvlm_recipe"],
             max_seq_len=values["get_max_seq_len"],
             max_context_len=values["get_max_context_len"],
+            logit_positions=values["mvlm_logit_positions"],
             vocab_size=values["get_vocab_size"],
             bos_id=values["get_bos_id"],
             eos_ids=tuple(values["get_eos_ids"]),
@@ -193,6 +216,7 @@ class Metadata:
 def _constant_method_names(image: ImageProcessing | None) -> tuple[str, ...]:
     example = Metadata(
         **{f.name: 0 for f in fields(Metadata)}
+        | {"max_seq_len": 1, "logit_positions": 1}
         | {"prompt_template": PROMPT_PLACEHOLDER, "next_turn_template": PROMPT_PLACEHOLDER}
         | {"eos_ids": (), "stop_strings": ()}
         | {"image": image, "image_marker": "i" if image else "", "image_prefix": "i" if image else ""}

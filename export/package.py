@@ -15,6 +15,7 @@ import torch
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig
 from executorch.exir.delegate import executorch_call_delegate
 
+from mvlm.export.capture import logit_positions
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.contract import PROGRAM_ID, PROMPT_PLACEHOLDER, TOKENIZER, ImageProcessing, Metadata
 from mvlm.export.files import atomic_write
@@ -54,6 +55,7 @@ def describe(checkpoint: Checkpoint, recipe: Recipe) -> Metadata:
         recipe=recipe.to_json(),
         max_seq_len=recipe.max_seq_len(config),
         max_context_len=recipe.max_context_len,
+        logit_positions=logit_positions(recipe, config),
         vocab_size=config.text.vocab_size,
         bos_id=checkpoint.bos_id,
         eos_ids=checkpoint.eos_ids,

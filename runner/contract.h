@@ -14,12 +14,14 @@ namespace mvlm::contract {
 
 // The layout of names and values that this runner understands, and no other. A .pte says its own
 // in `mvlm_format_version`. (1 had other operators, and took a prompt of any length in one call;
-// 2 had no template for the second turn of a conversation.)
-inline constexpr int64_t kFormatVersion = 3;
+// 2 had no template for the second turn of a conversation, 3 gave logits of one position alone.)
+inline constexpr int64_t kFormatVersion = 4;
 
 // Methods. kVisionEncoder only of a model that takes pictures.
 inline constexpr char kVisionEncoder[] = "vision_encoder";
 inline constexpr char kTokenEmbedding[] = "token_embedding";
+// Gives the logits [1, m, vocab] of the last m = min(n, mvlm_logit_positions) positions of a call
+// with n.
 inline constexpr char kTextDecoder[] = "text_decoder";
 
 // Constant methods that ExecuTorch's own LLM runner reads too.
@@ -41,6 +43,7 @@ inline constexpr char kCheckpointId[] = "mvlm_checkpoint_id";
 inline constexpr char kRecipe[] = "mvlm_recipe";
 inline constexpr char kPromptTemplate[] = "mvlm_prompt_template";
 inline constexpr char kNextTurnTemplate[] = "mvlm_next_turn_template";
+inline constexpr char kLogitPositions[] = "mvlm_logit_positions";
 inline constexpr char kStopStrings[] = "mvlm_stop_strings";
 inline constexpr char kImageMarker[] = "mvlm_image_marker";
 inline constexpr char kImagePrefix[] = "mvlm_image_prefix";

@@ -11,44 +11,20 @@ namespace mvlm {
 namespace {
 
 // The prompt as the decoder takes it: [positions, hidden].
-Result<std::vector<float>> EmbedPrompt(Model& model, const GenerationRequest& request) {
+Result<std::vector<float>> EmbedPrompt(Model& model, const TokenizedPrompt& prompt,
+                                       const std::vector<std::vector<float>>& image_embeddings) {
   std::vector<float> embeddings;
-  embeddings.reserve(static_cast<size_t>(request.prompt.positions() * model.hidden_size()));
-  for (size_t i = 0; i < request.prompt.pieces.size(); ++i) {
+  embeddings.reserve(static_cast<size_t>(prompt.positions() * model.hidden_size()));
+  for (size_t i = 0; i < prompt.pieces.size(); ++i) {
     if (i > 0) {
-      const std::vector<float>& image = request.image_embeddings[i - 1];
+      const std::vector<float>& image = image_embeddings[i - 1];
       embeddings.insert(embeddings.end(), image.begin(), image.end());
     }
-    if (Status status = model.EmbedTokens(request.prompt.pieces[i], &embeddings); !status.ok()) {
+    if (Status status = model.EmbedTokens(prompt.pieces[i], &embeddings); !status.ok()) {
       return status.error();
     }
   }
   return embeddings;
-}
-
-// Runs the model over the prompt, whose calls go into `steps`. Nothing if it was interrupted.
-Result<std::optional<Logits>> Prefill(Model& model, const GenerationRequest& request,
-                                      std::vector<int64_t>* steps) {
-  const Result<std::vector<float>> prompt = EmbedPrompt(model, request);
-  if (!prompt.ok()) {
-    return prompt.error();
-  }
-  std::optional<Logits> last;
-  int64_t position = 0;
-  for (const int64_t n : PrefillSteps(request.prompt.positions(), model.metadata().max_seq_len)) {
-    if (position > 0 && request.interrupted) {
-      return std::optional<Logits>();
-    }
-    const Result<Logits> logits = model.DecodeText(prompt->data() + position * model.hidden_size(),
-                                                   n, request.start_pos + position);
-    if (!logits.ok()) {
-      return logits.error();
-    }
-    last = *logits;
-    position += n;
-    steps->push_back(n);
-  }
-  return last;
 }
 
 // From tokens to what on_text() gets.
@@ -110,6 +86,32 @@ std::string_view ToString(StopReason reason) {
   return "unknown";
 }
 
+Result<std::optional<Logits>> Prefill(Model& model, const TokenizedPrompt& prompt,
+                                      const std::vector<std::vector<float>>& image_embeddings,
+                                      int64_t start_pos, const std::atomic<bool>& interrupted,
+                                      std::vector<int64_t>* steps) {
+  const Result<std::vector<float>> embeddings = EmbedPrompt(model, prompt, image_embeddings);
+  if (!embeddings.ok()) {
+    return embeddings.error();
+  }
+  std::optional<Logits> last;
+  int64_t position = 0;
+  for (const int64_t n : PrefillSteps(prompt.positions(), model.metadata().max_seq_len)) {
+    if (position > 0 && interrupted) {
+      return std::optional<Logits>();
+    }
+    const Result<Logits> logits = model.DecodeText(
+        embeddings->data() + position * model.hidden_size(), n, start_pos + position);
+    if (!logits.ok()) {
+      return logits.error();
+    }
+    last = *logits;
+    position += n;
+    steps->push_back(n);
+  }
+  return last;
+}
+
 Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& sampler,
                             const GenerationRequest& request) {
   const Metadata& metadata = model.metadata();
@@ -141,7 +143,8 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
 
   const Stopwatch prefill;
   const Result<std::optional<Logits>> after_prompt =
-      Prefill(model, request, &generation.prefill_steps);
+      Prefill(model, request.prompt, request.image_embeddings, request.start_pos,
+              request.interrupted, &generation.prefill_steps);
   if (!after_prompt.ok()) {
     return after_prompt.error();
   }
@@ -160,7 +163,7 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
     if (!logits.ok()) {
       return logits.error();
     }
-    const Result<int64_t> token = sampler.Sample(logits->data, logits->size);
+    const Result<int64_t> token = sampler.Sample(logits->last(), static_cast<size_t>(logits->vocab_size));
     if (!token.ok()) {
       return token.error();
     }

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -47,6 +48,14 @@ struct GenerationRequest {
   // Set from a signal handler or another thread to stop after the current token.
   const std::atomic<bool>& interrupted;
 };
+
+// Runs the model over a prompt, in as few calls as its max_seq_len allows: how many positions each
+// took is appended to `steps`. The logits of the last call; nothing if it was interrupted between
+// two calls.
+Result<std::optional<Logits>> Prefill(Model& model, const TokenizedPrompt& prompt,
+                                      const std::vector<std::vector<float>>& image_embeddings,
+                                      int64_t start_pos, const std::atomic<bool>& interrupted,
+                                      std::vector<int64_t>* steps);
 
 // Runs the model over the whole prompt, in as few calls as its max_seq_len allows, and then over
 // one token at a time. All of the text was passed to on_text() when this returns, also when it was

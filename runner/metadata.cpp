@@ -203,6 +203,7 @@ Metadata ReadAll(Reader& reader, bool has_vision) {
                            metadata.max_seq_len, ", but there are only ", metadata.max_context_len,
                            " positions"));
   }
+  metadata.logit_positions = reader.Int(contract::kLogitPositions, 1, metadata.max_seq_len);
   metadata.vocab_size = reader.Int(contract::kVocabSize, 1, kMaxPositions);
   metadata.bos_id = reader.Int(contract::kBosId, 0, metadata.vocab_size - 1);
   metadata.eos_ids = reader.Ints(contract::kEosIds, 0, metadata.vocab_size - 1, 1, SIZE_MAX);
@@ -257,6 +258,7 @@ const std::vector<std::string>& ContractConstants() {
       contract::kRecipe,
       contract::kPromptTemplate,
       contract::kNextTurnTemplate,
+      contract::kLogitPositions,
       contract::kStopStrings,
       contract::kImageMarker,
       contract::kImagePrefix,

@@ -45,6 +45,7 @@ struct Metadata {
   std::string attention_op;
   int64_t max_seq_len = 0;      // the most tokens in one call of the decoder or the embedding
   int64_t max_context_len = 0;  // positions in the KV cache
+  int64_t logit_positions = 0;  // the most positions whose logits one call of the decoder gives
   int64_t vocab_size = 0;
   int64_t bos_id = 0;
   std::vector<int64_t> eos_ids;

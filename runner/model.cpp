@@ -124,6 +124,20 @@ void FallBack(std::string why, PackedWeightsUse* use) {
   use->bytes = 0;
 }
 
+// ExecuTorch aborts when it hands over an output that a damaged program does not have.
+bool HasOutputs(const Program& program, const std::string& method) {
+  const auto meta = program.method_meta(method.c_str());
+  if (!meta.ok()) {
+    return false;
+  }
+  for (size_t i = 0; i < meta->num_outputs(); ++i) {
+    if (!meta->output_tag(i).ok()) {
+      return false;
+    }
+  }
+  return true;
+}
+
 // The constants of the contract that a program has. They are read through a module of their own,
 // so that what that took is given back.
 Result<Constants> ReadConstants(const std::shared_ptr<Program>& program,
@@ -134,6 +148,11 @@ Result<Constants> ReadConstants(const std::shared_ptr<Program>& program,
   for (const std::string& name : ContractConstants()) {
     if (names.count(name) == 0) {
       continue;  // ParseMetadata() knows which may be missing
+    }
+    if (!HasOutputs(*program, name)) {
+      return InvalidInput(StrCat("cannot read constant method ", name, " of ", path,
+                                 ": it has outputs that are not in the file; it is damaged: ",
+                                 "export it again"));
     }
     const auto outputs = module.execute(name);
     if (!outputs.ok()) {
@@ -257,7 +276,7 @@ Status Model::CheckMethods() {
        ScalarType::Float,
        {1, n, kHidden},
        Shape{1},
-       {1, 1, metadata_.vocab_size}},
+       {1, metadata_.logit_positions, metadata_.vocab_size}},
   };
   if (metadata_.vision.has_value()) {
     const VisionMetadata& vision = *metadata_.vision;
@@ -544,7 +563,13 @@ Result<Logits> Model::DecodeText(const float* embeddings, int64_t n, int64_t sta
         StrCat("at position ", start_pos, ", ", n, " tokens: ", outputs.error().message));
   }
   const Tensor& output = outputs->at(0).toTensor();
-  return Logits{output.const_data_ptr<float>(), static_cast<size_t>(output.numel())};
+  const int64_t vocab_size = metadata_.vocab_size;
+  const int64_t rows = std::min(n, metadata_.logit_positions);
+  if (output.numel() != rows * vocab_size) {
+    return Failure(StrCat("at position ", start_pos, ", ", n, " tokens: the model gave ",
+                          output.numel(), " logits, expected ", rows, " x ", vocab_size));
+  }
+  return Logits{output.const_data_ptr<float>(), rows, vocab_size};
 }
 
 }  // namespace mvlm

@@ -68,10 +68,16 @@ struct PackedWeightsUse {
   std::string notice;
 };
 
-// The last position's logits. They lie in the model's memory and hold until its next call.
+// Logits of the last positions of a call, a row each. They lie in the model's memory and hold until
+// its next call.
 struct Logits {
-  const float* data;
-  size_t size;
+  const float* data;   // [rows, vocab_size]
+  int64_t rows;        // 1 or more
+  int64_t vocab_size;
+
+  const float* row(int64_t i) const { return data + i * vocab_size; }
+  // Of the last position, from which the next token is chosen.
+  const float* last() const { return row(rows - 1); }
 };
 
 // Not thread-safe: one call at a time. (ExecuTorch itself uses several threads within a call.)
@@ -131,8 +137,8 @@ class Model {
   Status EmbedTokens(const std::vector<int64_t>& ids, std::vector<float>* embeddings);
 
   // Runs the language model over `embeddings` [n, hidden] at positions start_pos .. start_pos + n
-  // - 1, and returns the logits [vocab] of the last. 1 <= n <= max_seq_len, and the positions must
-  // be below max_context_len.
+  // - 1, and returns the logits of the last min(n, metadata().logit_positions) of them. 1 <= n <=
+  // max_seq_len, and the positions must be below max_context_len.
   Result<Logits> DecodeText(const float* embeddings, int64_t n, int64_t start_pos);
 
  private:

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "runner/image.h"
@@ -68,6 +69,7 @@ class Runner::Impl {
     if (!embeddings.ok()) {
       return embeddings.error();
     }
+    read_prompt_.reset();
     embeddings_.push_back(std::move(*embeddings));
     encode_ms_ += stats.encode_ms;
     // As llava_main asks about a picture, if that comes first.
@@ -87,6 +89,7 @@ class Runner::Impl {
                                  ", which stands for a picture; add the text before it, the "
                                  "picture, and the text after it one by one"));
     }
+    read_prompt_.reset();
     text_ += text;
     has_text_ = has_text_ || !text.empty();
     return {};
@@ -99,6 +102,7 @@ class Runner::Impl {
       return Busy();
     }
     stop_ = false;
+    read_prompt_.reset();
     const std::string text = std::exchange(text_, {});
     const std::vector<std::vector<float>> embeddings = std::exchange(embeddings_, {});
     const double encode_ms = std::exchange(encode_ms_, 0);
@@ -146,6 +150,66 @@ class Runner::Impl {
     return answer;
   }
 
+  Result<std::vector<int64_t>> Tokenize(std::string_view text) {
+    const Call call(*this);
+    if (!call.ok()) {
+      return Busy();
+    }
+    return session_.Tokenize(text);
+  }
+
+  Result<std::vector<double>> Score(const std::vector<int64_t>& ids, const ScoreOptions& options,
+                                    const std::function<void(int64_t, const float*)>& on_logits) {
+    const Call call(*this);
+    if (!call.ok()) {
+      return Busy();
+    }
+    stop_ = false;
+    const auto count = static_cast<int64_t>(ids.size());
+    for (int64_t i = 0; i < count; ++i) {
+      if (ids[i] < 0 || ids[i] >= vocab_size()) {
+        return InvalidInput(
+            StrCat("id ", i, " is ", ids[i], ", which is not in 0 .. ", vocab_size() - 1));
+      }
+    }
+    const Result<TokenizedPrompt> prompt = session_.AskToScore(
+        {text_, static_cast<int64_t>(embeddings_.size()), options.raw_prompt}, count);
+    if (!prompt.ok()) {
+      return prompt.error();
+    }
+    // Until all went well nothing is known to be read.
+    ReadPrompt read;
+    if (read_prompt_.has_value() && read_prompt_->raw == options.raw_prompt) {
+      read = std::move(*read_prompt_);
+    }
+    read_prompt_.reset();
+    read.raw = options.raw_prompt;
+    std::vector<double> log_probabilities;
+    const Status status = session_.Score(
+        *prompt, embeddings_, &read.logits, ids,
+        [&](int64_t i, const float* logits) -> Status {
+          if (on_logits) {
+            on_logits(i, logits);
+          }
+          if (i < count) {
+            const Result<double> value = LogProbability(logits, vocab_size(), ids[i]);
+            if (!value.ok()) {
+              return value.error();
+            }
+            log_probabilities.push_back(*value);
+          }
+          return {};
+        },
+        stop_);
+    if (!status.ok()) {
+      return status.error();
+    }
+    read_prompt_ = std::move(read);
+    return log_probabilities;
+  }
+
+  int64_t vocab_size() const { return session_.metadata().vocab_size; }
+
   void Stop() { stop_ = true; }
 
   Status Reset() {
@@ -154,6 +218,7 @@ class Runner::Impl {
       return Busy();
     }
     session_.Reset();
+    read_prompt_.reset();
     text_.clear();
     embeddings_.clear();
     encode_ms_ = 0;
@@ -212,6 +277,12 @@ class Runner::Impl {
   bool has_text_ = false;  // other than those marks
   std::vector<std::vector<float>> embeddings_;
   double encode_ms_ = 0;
+  // What was added, as Score() has read it: the KV cache holds it behind the conversation.
+  struct ReadPrompt {
+    bool raw = false;
+    std::vector<float> logits;  // after its last position
+  };
+  std::optional<ReadPrompt> read_prompt_;
 };
 
 Runner::Runner(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -268,6 +339,18 @@ Result<Answer> Runner::Generate(const GenerateOptions& options,
                                 const std::function<bool(std::string_view)>& on_text) {
   return impl_->Generate(options, on_text);
 }
+
+Result<std::vector<int64_t>> Runner::Tokenize(std::string_view text) {
+  return impl_->Tokenize(text);
+}
+
+Result<std::vector<double>> Runner::Score(
+    const std::vector<int64_t>& ids, const ScoreOptions& options,
+    const std::function<void(int64_t i, const float* logits)>& on_logits) {
+  return impl_->Score(ids, options, on_logits);
+}
+
+int64_t Runner::vocab_size() const { return impl_->vocab_size(); }
 
 void Runner::Stop() { impl_->Stop(); }
 

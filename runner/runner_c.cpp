@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "mvlm/runner.h"
 #include "runner/stats.h"
@@ -86,6 +87,11 @@ void mvlm_generate_options_init(mvlm_generate_options* options) {
   options->size = sizeof(*options);
   options->temperature = defaults.temperature;
   options->top_p = defaults.top_p;
+}
+
+void mvlm_score_options_init(mvlm_score_options* options) {
+  *options = {};
+  options->size = sizeof(*options);
 }
 
 mvlm_status mvlm_runner_load(const char* model_path, const mvlm_runner_options* options,
@@ -178,6 +184,59 @@ mvlm_status mvlm_runner_generate(mvlm_runner* runner, const mvlm_generate_option
     return {};
   });
 }
+
+mvlm_status mvlm_runner_tokenize(mvlm_runner* runner, const char* text, int64_t* ids,
+                                 int64_t capacity, int64_t* count) {
+  return Guarded([&]() -> mvlm::Status {
+    if (text == nullptr) {
+      return MissingArgument("text");
+    }
+    if (count == nullptr) {
+      return MissingArgument("count");
+    }
+    if (ids == nullptr && capacity > 0) {
+      return MissingArgument("ids");
+    }
+    const mvlm::Result<std::vector<int64_t>> found = runner->runner->Tokenize(text);
+    if (!found.ok()) {
+      return found.error();
+    }
+    *count = static_cast<int64_t>(found->size());
+    std::copy_n(found->begin(), std::clamp<int64_t>(capacity, 0, *count), ids);
+    return {};
+  });
+}
+
+mvlm_status mvlm_runner_score(mvlm_runner* runner, const int64_t* ids, int64_t count,
+                              const mvlm_score_options* options, mvlm_logits_callback on_logits,
+                              void* user_data, double* log_probabilities) {
+  return Guarded([&]() -> mvlm::Status {
+    if (count < 0) {
+      return mvlm::InvalidInput("count is negative");
+    }
+    if (ids == nullptr && count > 0) {
+      return MissingArgument("ids");
+    }
+    mvlm::ScoreOptions wanted;
+    wanted.raw_prompt = Read(options, mvlm_score_options_init).raw_prompt != 0;
+    const std::vector<int64_t> given(ids, ids + count);
+    const mvlm::Result<std::vector<double>> scored =
+        runner->runner->Score(given, wanted, [&](int64_t i, const float* logits) {
+          if (on_logits != nullptr) {
+            on_logits(i, logits, user_data);
+          }
+        });
+    if (!scored.ok()) {
+      return scored.error();
+    }
+    if (log_probabilities != nullptr) {
+      std::copy(scored->begin(), scored->end(), log_probabilities);
+    }
+    return {};
+  });
+}
+
+int64_t mvlm_runner_vocab_size(const mvlm_runner* runner) { return runner->runner->vocab_size(); }
 
 void mvlm_runner_stop(mvlm_runner* runner) { runner->runner->Stop(); }
 

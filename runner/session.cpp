@@ -246,6 +246,24 @@ Status Session::Prepare() {
   return status;
 }
 
+Result<TokenizedPrompt> Session::TokenizePieces(const Question& question,
+                                                const std::vector<std::string>& pieces) const {
+  TokenizedPrompt prompt;
+  for (const std::string& piece : pieces) {
+    Result<std::vector<int64_t>> ids = tokenizer_->Encode(piece);
+    if (!ids.ok()) {
+      return ids.error();
+    }
+    prompt.pieces.push_back(std::move(*ids));
+  }
+  const std::vector<int64_t> before =
+      position() > 0 ? unread_ : std::vector<int64_t>{metadata().bos_id};
+  std::vector<int64_t>& first = prompt.pieces[0];
+  first.insert(first.begin(), before.begin(), before.end());
+  prompt.image_tokens = question.images > 0 ? metadata().vision->tokens : 0;
+  return prompt;
+}
+
 Result<Turn> Session::Ask(const Question& question, std::optional<int64_t> max_new_tokens) const {
   Question asked = question;
   asked.follows = position() > 0;
@@ -253,19 +271,12 @@ Result<Turn> Session::Ask(const Question& question, std::optional<int64_t> max_n
   if (!pieces.ok()) {
     return pieces.error();
   }
-  Turn turn;
-  for (const std::string& piece : *pieces) {
-    Result<std::vector<int64_t>> ids = tokenizer_->Encode(piece);
-    if (!ids.ok()) {
-      return ids.error();
-    }
-    turn.prompt.pieces.push_back(std::move(*ids));
+  Result<TokenizedPrompt> prompt = TokenizePieces(asked, *pieces);
+  if (!prompt.ok()) {
+    return prompt.error();
   }
-  const std::vector<int64_t> before =
-      asked.follows ? unread_ : std::vector<int64_t>{metadata().bos_id};
-  std::vector<int64_t>& first = turn.prompt.pieces[0];
-  first.insert(first.begin(), before.begin(), before.end());
-  turn.prompt.image_tokens = question.images > 0 ? metadata().vision->tokens : 0;
+  Turn turn;
+  turn.prompt = std::move(*prompt);
   turn.start_pos = position_;
   const Result<int64_t> room =
       ResolveMaxNewTokens(max_new_tokens, turn.prompt.positions(), seq_len(), position_);
@@ -279,6 +290,30 @@ Result<Turn> Session::Ask(const Question& question, std::optional<int64_t> max_n
                " positions"));
   }
   return turn;
+}
+
+Result<TokenizedPrompt> Session::AskToScore(const Question& question, int64_t num_ids) const {
+  Question asked = question;
+  asked.follows = position() > 0;
+  std::vector<std::string> pieces = {""};
+  if (!asked.text.empty() || asked.images > 0) {
+    Result<std::vector<std::string>> given = PromptPieces(metadata().prompt, asked);
+    if (!given.ok()) {
+      return given.error();
+    }
+    pieces = std::move(*given);
+  }
+  Result<TokenizedPrompt> prompt = TokenizePieces(asked, pieces);
+  if (prompt.ok() && prompt->positions() + num_ids > seq_len() - position_) {
+    return InvalidInput(StrCat("the prompt takes ", prompt->positions(), " positions and what is to "
+                               "be scored ", num_ids, ", but of ", seq_len(), " only ",
+                               seq_len() - position_, " are left"));
+  }
+  return prompt;
+}
+
+Result<std::vector<int64_t>> Session::Tokenize(std::string_view text) const {
+  return tokenizer_->Encode(text);
 }
 
 Result<std::vector<float>> Session::Encode(const Image& image, ImageStats* stats) {
@@ -321,6 +356,32 @@ Result<Generation> Session::Generate(const Turn& turn,
     unread_ = generation->unread;
   }
   return generation;
+}
+
+Status Session::Score(const TokenizedPrompt& prompt,
+                      const std::vector<std::vector<float>>& images,
+                      std::vector<float>* prompt_logits, const std::vector<int64_t>& ids,
+                      const LogitsCallback& on_logits, const std::atomic<bool>& interrupted) {
+  if (Status status = LoadText(); !status.ok()) {
+    return status;
+  }
+  if (prompt_logits->empty()) {
+    std::vector<int64_t> steps;
+    const Result<std::optional<Logits>> read =
+        Prefill(*model_, prompt, images, position_, interrupted, &steps);
+    if (!read.ok()) {
+      return read.error();
+    }
+    if (!read->has_value()) {
+      return ScoreInterrupted();
+    }
+    const Logits& logits = **read;
+    prompt_logits->assign(logits.last(), logits.last() + logits.vocab_size);
+  }
+  if (Status status = on_logits(0, prompt_logits->data()); !status.ok()) {
+    return status;
+  }
+  return ScoreTokens(*model_, ids, position_ + prompt.positions(), interrupted, on_logits);
 }
 
 void Session::Reset() {

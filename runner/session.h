@@ -19,6 +19,7 @@
 #include "runner/model.h"
 #include "runner/prompt.h"
 #include "runner/sampler.h"
+#include "runner/scorer.h"
 #include "runner/stats.h"
 #include "runner/tokenizer.h"
 
@@ -88,6 +89,13 @@ class Session {
   // the conversation. Changes nothing.
   Result<Turn> Ask(const Question& question, std::optional<int64_t> max_new_tokens) const;
 
+  // The same for a question that is followed by so many tokens that are given. A question without
+  // text and pictures is what comes before it alone: BOS, or the rest of the answer before.
+  Result<TokenizedPrompt> AskToScore(const Question& question, int64_t num_ids) const;
+
+  // Token ids of a text, without BOS.
+  Result<std::vector<int64_t>> Tokenize(std::string_view text) const;
+
   // Embeddings of a picture, [image_tokens, hidden], and in `stats` what that took. Only after
   // CheckTakesPictures().
   Result<std::vector<float>> Encode(const Image& image, ImageStats* stats);
@@ -103,6 +111,16 @@ class Session {
                               const std::function<bool(std::string_view)>& on_text,
                               const std::atomic<bool>& interrupted);
 
+  // Runs over a prompt of AskToScore() and then over `ids`, and calls `on_logits` (see scorer.h) for
+  // 0, 1, ... ids.size() of them. The conversation is afterwards as it was before.
+  //
+  // `prompt_logits`: what it gave after the prompt, to be given back for the same prompt unless
+  // Generate(), Reset() or Score() of another prompt was called since; it is then not read again.
+  // Else empty.
+  Status Score(const TokenizedPrompt& prompt, const std::vector<std::vector<float>>& images,
+               std::vector<float>* prompt_logits, const std::vector<int64_t>& ids,
+               const LogitsCallback& on_logits, const std::atomic<bool>& interrupted);
+
   // Begins a new conversation.
   void Reset();
   // Positions of the conversation so far, of seq_len(): those that were run and those of unread_,
@@ -114,6 +132,9 @@ class Session {
 
  private:
   Status OpenWeightCache(bool needed);
+  // The text pieces of a prompt, and what comes before it.
+  Result<TokenizedPrompt> TokenizePieces(const Question& question,
+                                         const std::vector<std::string>& pieces) const;
   void RecordLoad(std::string part, double ms);
   void RecordPackedWeights();
   void Say(const std::string& line) const;

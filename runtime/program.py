@@ -17,6 +17,7 @@ from torch import Tensor
 import mvlm.ops
 from mvlm.export.contract import (
     CONSTANT_METHODS,
+    FORMAT,
     IMAGE_CONSTANT_METHODS,
     PROGRAM_ID,
     TEXT_DECODER,
@@ -25,6 +26,7 @@ from mvlm.export.contract import (
     VISION_ENCODER,
     ImageProcessing,
     Metadata,
+    check_format_version,
 )
 from mvlm.export.errors import ExportError
 from mvlm.export.llama_operators import load_llama_operators
@@ -96,6 +98,12 @@ class PteProgram:
         check_pte_file(self.path)
         mvlm.ops.load_native_library()
         program = self._load_program()
+        # The version first: another format may lack what this one must have.
+        if FORMAT in program.method_names:
+            try:
+                check_format_version(self._execute(program, FORMAT, [])[0])
+            except ValueError as error:
+                raise PteError(f"{self.path}: {error}") from error
         required = {TOKEN_EMBEDDING, TEXT_DECODER, TOKENIZER, PROGRAM_ID}
         required |= set(CONSTANT_METHODS) - set(IMAGE_CONSTANT_METHODS)
         missing = required - program.method_names
@@ -160,12 +168,64 @@ class PteProgram:
     def text_decoder(self, embeddings: Tensor, start_pos: int) -> Tensor:
         """Logits float32 [V] of the last of n positions, after running embeddings [1, n, D] from ``start_pos`` on.
 
-        More than the file takes in one call, ``metadata.max_seq_len``, are run in several.
+        More than the file takes in one call, ``metadata.max_seq_len``, are run in several. The result lies in the
+        program's memory and holds until the next call.
         """
         for chunk in embeddings.split(self.metadata.max_seq_len, dim=1):
             logits = self._run(TEXT_DECODER, [chunk, torch.tensor([start_pos])])
             start_pos += chunk.shape[1]
         return logits[0, -1]
+
+    def text_decoder_logits(self, embeddings: Tensor, start_pos: int) -> Tensor:
+        """As :meth:`text_decoder`, but of several positions.
+
+        Returns:
+            Logits float32 [min(n, k), V] of the last positions, k being ``metadata.logit_positions``; a copy.
+        """
+        rows = embeddings.new_empty(0, self.metadata.vocab_size)
+        for chunk in embeddings.split(self.metadata.max_seq_len, dim=1):
+            logits = self._run(TEXT_DECODER, [chunk, torch.tensor([start_pos])])
+            start_pos += chunk.shape[1]
+            # The last of several calls may have fewer positions than are wanted.
+            rows = torch.cat([rows, logits[0]])[-self.metadata.logit_positions :]
+        return rows
+
+    def score(self, embeddings: Tensor, first: int, start_pos: int = 0) -> Tensor:
+        """Logits of every position of a text from one of them on: what its perplexity is made of.
+
+        What comes before is read in the longest steps that the file takes, then every step gives the logits of as many
+        positions as a step can, ``metadata.logit_positions``.
+
+        Args:
+            embeddings: float32 [1, n, D], of tokens and pictures.
+            first: the first position whose logits are wanted, 0 .. n - 1, counted in ``embeddings``.
+            start_pos: where ``embeddings`` begin; what the KV cache holds before that is read.
+
+        Returns:
+            float32 [n - first, V]; row i is of position ``first + i`` and says what follows that position.
+
+        Raises:
+            ValueError: ``first`` is out of range, or the positions do not fit into the KV cache.
+        """
+        n = embeddings.shape[1]
+        if not 0 <= first < n:
+            raise ValueError(f"first {first} is not in 0 .. {n - 1}: there are {n} positions")
+        if start_pos < 0 or start_pos + n > self.metadata.max_context_len:
+            raise ValueError(
+                f"{n} positions from position {start_pos} on do not fit: {self.path} has positions 0 .. "
+                f"{self.metadata.max_context_len - 1}"
+            )
+        scored = []
+        position = 0
+        while position < n:
+            unscored = max(first - position, 0)
+            step = min(self.metadata.max_seq_len, unscored + self.metadata.logit_positions, n - position)
+            chunk = embeddings[:, position : position + step]
+            logits = self._run(TEXT_DECODER, [chunk, torch.tensor([start_pos + position])])[0]
+            if step > unscored:
+                scored.append(logits[unscored - step :].clone())
+            position += step
+        return torch.cat(scored)
 
     def _run(self, method: str, inputs: Sequence[Tensor]) -> Tensor:
         if method not in self._programs:

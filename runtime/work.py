@@ -1,8 +1,8 @@
 """What a ``.pte`` has to compute and to read: the multiply-adds of its linears, and the bytes of their weights.
 
 Both are counted in the file itself, in the graphs of its XNNPACK delegates: a FullyConnected node with a weight [out,
-in] and an input of n rows is ``n * out * in`` multiply-adds. A row count that equals what the method takes at the most
-grows with the prompt; one row stays one row (the layer that makes logits runs for the last position only). Attention,
+in] and an input of n rows is ``n * out * in`` multiply-adds. The row counts in the file are the greatest: a call of
+fewer tokens has no more rows than tokens (and the layer that makes logits runs for the last positions only). Attention,
 norms, activations and convolutions are not counted: beside the linears they are small, and how much of the machine the
 linears could use is the question. So a share of the machine's limit that is made of these numbers is a lower bound.
 
@@ -50,7 +50,7 @@ class Work:
         """Multiply-adds of reading a prompt, by bits of the weights."""
         macs: Counter[int] = Counter()
         for step in _steps(tokens, self.max_seq_len):
-            macs.update(_sum_up((linear.weights, _macs(linear, step, self.max_seq_len)) for linear in self.text))
+            macs.update(_sum_up((linear.weights, _macs(linear, step)) for linear in self.text))
         return dict(macs)
 
     def decode_bytes(self, depth: float) -> float:
@@ -110,9 +110,9 @@ def read_pte(path: Path) -> PteSummary:
     )
 
 
-def _macs(linear: inspect.Linear, tokens: int | None = None, at_most: int | None = None) -> int:
-    """Multiply-adds of a linear, where rows that are ``at_most`` stand for ``tokens``."""
-    rows = tokens if tokens is not None and linear.rows == at_most and linear.rows > 1 else linear.rows
+def _macs(linear: inspect.Linear, tokens: int | None = None) -> int:
+    """Multiply-adds of a linear; of the text decoder's, in a call of so many ``tokens``."""
+    rows = linear.rows if tokens is None else min(tokens, linear.rows)
     return rows * linear.in_features * linear.out_features
 
 

@@ -29,7 +29,14 @@ from mvlm.export.contract import (
     ImageProcessing,
     Metadata,
 )
-from mvlm.export.models import CLIPVisionConfig, MobileLlamaConfig, MobileVLM, MobileVLMConfig, TextDecoder
+from mvlm.export.models import (
+    LOGIT_POSITIONS,
+    CLIPVisionConfig,
+    MobileLlamaConfig,
+    MobileVLM,
+    MobileVLMConfig,
+    TextDecoder,
+)
 
 #: Rows of the embedding table and logits; about half of them more than the demo's tokenizer has pieces.
 VOCAB_SIZE = 1024
@@ -70,6 +77,7 @@ def tiny_metadata(config: MobileVLMConfig, max_context_len: int) -> Metadata:
         recipe="{}",
         max_seq_len=max_context_len,
         max_context_len=max_context_len,
+        logit_positions=min(LOGIT_POSITIONS, max_context_len),
         vocab_size=config.text.vocab_size,
         bos_id=1,
         eos_ids=(2,),
@@ -93,6 +101,8 @@ def write_tiny_pte(path: Path, config: MobileVLMConfig, tokenizer: bytes, max_co
     """Makes a random model and a file of it."""
     torch.manual_seed(0)
     model = MobileVLM(config).eval()
+    metadata = tiny_metadata(config, max_context_len)
+    decoder = TextDecoder(model.language_model, max_context_len, logit_positions=metadata.logit_positions).eval()
     tokens = Dim("tokens", min=1, max=max_context_len)
     with torch.no_grad():
         methods = {
@@ -103,7 +113,7 @@ def write_tiny_pte(path: Path, config: MobileVLMConfig, tokenizer: bytes, max_co
                 strict=False,
             ),
             TEXT_DECODER: export(
-                TextDecoder(model.language_model, max_context_len).eval(),
+                decoder,
                 (torch.zeros(1, 2, config.text.hidden_size), torch.zeros(1, dtype=torch.int64)),
                 dynamic_shapes={"embeddings_1LD": {1: tokens}, "start_pos": None},
                 strict=False,
@@ -113,7 +123,6 @@ def write_tiny_pte(path: Path, config: MobileVLMConfig, tokenizer: bytes, max_co
             pixels = torch.zeros(1, 3, config.vision.image_size, config.vision.image_size)
             encoder = nn.Sequential(model.vision_tower, model.mm_projector)
             methods[VISION_ENCODER] = export(encoder, (pixels,), strict=False)
-    metadata = tiny_metadata(config, max_context_len)
     edge = to_edge_transform_and_lower(
         methods,
         partitioner={name: [] if name == TOKEN_EMBEDDING else [XnnpackPartitioner()] for name in methods},

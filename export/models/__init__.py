@@ -8,12 +8,14 @@ from mvlm.export.models.clip import CLIPVisionConfig, CLIPVisionTower, PatchEmbe
 from mvlm.export.models.fused_linear import FusedLinear, fused_parts, unfused
 from mvlm.export.models.mobilellama import (
     KV_CACHE_TYPES,
+    LOGIT_POSITIONS,
     KVCache,
     LlamaKVCache,
     MobileLlama,
     MobileLlamaConfig,
     TextDecoder,
     build_kv_cache,
+    last_positions,
     rope_tables,
 )
 from mvlm.export.models.mobilevlm import MobileVLM, MobileVLMConfig
@@ -22,6 +24,7 @@ from mvlm.export.models.projector import PROJECTOR_TYPES, build_projector, image
 
 __all__ = [
     "KV_CACHE_TYPES",
+    "LOGIT_POSITIONS",
     "PROJECTOR_TYPES",
     "CLIPVisionConfig",
     "CLIPVisionTower",
@@ -39,6 +42,7 @@ __all__ = [
     "build_projector",
     "fused_parts",
     "image_token_count",
+    "last_positions",
     "rope_tables",
     "unfused",
 ]

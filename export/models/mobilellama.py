@@ -1,7 +1,7 @@
 """MobileLLaMA: a small Llama, and the KV-cached decoder that is exported from it.
 
 Shape letters: B sequences, L tokens in this call, C positions of the cache, D width, N query heads, K key/value heads,
-H head width, F width of the MLP, V vocabulary.
+H head width, F width of the MLP, V vocabulary, M last positions of a call whose logits are made.
 """
 
 from __future__ import annotations
@@ -266,6 +266,21 @@ class MobileLlama(nn.Module):
         return self.lm_head(self.norm.add(x_BLD, branch_BLD)[1])
 
 
+#: The last positions of a call whose logits a decoder gives, unless it is told otherwise. A step of decoding makes one
+#: row all the same; a long text whose every position is scored is read in steps of so many tokens.
+LOGIT_POSITIONS = 8
+
+
+def last_positions(length: int, count: int) -> Tensor:
+    """Indices int64 [min(length, count)] of the last positions of a sequence, for ``index_select``.
+
+    A slice would not do: ``torch.export`` takes ``x[:, -8:]`` of a dynamic length only if it is always less than 8 or
+    never. An index asks nothing of the length.
+    """
+    rows = torch.sym_min(length, count)
+    return torch.arange(length - rows, length)
+
+
 class TextDecoder(nn.Module):
     """A :class:`MobileLlama` with a KV cache: the ``text_decoder`` method of the .pte. Shares the model's weights.
 
@@ -274,13 +289,19 @@ class TextDecoder(nn.Module):
         max_context_len: positions C of the cache; more than ``max_position_embeddings`` is an error.
         kv_type: of the cache, a key of :data:`KV_CACHE_TYPES`.
         attention_op: whose operators read and write it: ``mvlm`` or ``llama``.
+        logit_positions: logits are given of so many positions of a call at the most; 1 or more.
 
     Raises:
-        ValueError: ``max_context_len`` is not in 1 .. ``max_position_embeddings``.
+        ValueError: ``max_context_len`` is not in 1 .. ``max_position_embeddings``, or ``logit_positions`` is below 1.
     """
 
     def __init__(
-        self, model: MobileLlama, max_context_len: int, kv_type: str = "fp32", attention_op: str = "mvlm"
+        self,
+        model: MobileLlama,
+        max_context_len: int,
+        kv_type: str = "fp32",
+        attention_op: str = "mvlm",
+        logit_positions: int = LOGIT_POSITIONS,
     ) -> None:
         super().__init__()
         config = model.config
@@ -289,6 +310,9 @@ class TextDecoder(nn.Module):
                 f"max_context_len {max_context_len} is not in 1 .. {config.max_position_embeddings} "
                 "(max_position_embeddings of the language model)"
             )
+        if logit_positions < 1:
+            raise ValueError(f"logit_positions {logit_positions} is below 1")
+        self.logit_positions = logit_positions
         self.layers = model.layers
         self.norm = model.norm
         self.lm_head = model.lm_head
@@ -307,9 +331,12 @@ class TextDecoder(nn.Module):
             start_pos: int64 [1]; how many positions were already run, ``start_pos + L <= C``.
 
         Returns:
-            float32 [1, 1, V]: the logits of the last position.
+            float32 [1, M, V], M = min(L, logit_positions): the logits of the last M positions, in their order.
         """
         x_1LD, branch_1LD = embeddings_1LD, torch.zeros_like(embeddings_1LD)
         for layer, cache in zip(self.layers, self.caches, strict=True):
             x_1LD, branch_1LD = layer(x_1LD, branch_1LD, self.cos, self.sin, cache, start_pos)
-        return self.lm_head(self.norm.add(x_1LD[:, -1:], branch_1LD[:, -1:])[1])
+        last_M = last_positions(x_1LD.shape[1], self.logit_positions)
+        _, y_1MD = self.norm.add(x_1LD.index_select(1, last_M), branch_1LD.index_select(1, last_M))
+        # Of two dimensions: of three, linear would make a view, and torch.export ask whether M is always 1 or never.
+        return self.lm_head(y_1MD[0])[None]

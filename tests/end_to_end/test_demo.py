@@ -82,7 +82,7 @@ def test_contract_of_the_file(demo_pte):
     # Dynamic dimensions are planned for their greatest extent.
     assert sizes("vision_encoder") == ([(1, 3, 112, 112)], [(1, 16, 256)])
     assert sizes("token_embedding") == ([(1, 256)], [(1, 256, 256)])
-    assert sizes("text_decoder") == ([(1, 256, 256), (1,)], [(1, 1, vocabulary)])
+    assert sizes("text_decoder") == ([(1, 256, 256), (1,)], [(1, 8, vocabulary)])
     expected = {
         "get_max_seq_len": [256],
         "get_max_context_len": [768],
@@ -91,7 +91,8 @@ def test_contract_of_the_file(demo_pte):
         "use_kv_cache": [True],
         "use_sdpa_with_kv_cache": [True],
         "enable_dynamic_shape": [True],
-        "mvlm_format_version": [3],
+        "mvlm_format_version": [4],
+        "mvlm_logit_positions": [8],
         "mvlm_stop_strings": ["</s>"],
         "mvlm_image_size": [112],
         "mvlm_image_pad_color": [122, 116, 104],

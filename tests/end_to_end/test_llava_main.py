@@ -286,7 +286,7 @@ def test_help_teaches(llava_main):
 def test_version(llava_main):
     result = subprocess.run([llava_main, "--version"], capture_output=True, text=True)
     assert result.returncode == 0
-    assert re.fullmatch(r"llava_main \d+\.\d+\S* \(ExecuTorch \d.*, \.pte format 3\)\n", result.stdout)
+    assert re.fullmatch(r"llava_main \d+\.\d+\S* \(ExecuTorch \d.*, \.pte format 4\)\n", result.stdout)
 
 
 # Bad usage
@@ -406,12 +406,13 @@ def test_a_pte_of_another_model(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [(1, "made by an older mvlm: export it again"), (4, "made by a newer mvlm: install that here too")],
+    [(3, "made by an older mvlm: export it again"), (5, "made by a newer mvlm: install that here too")],
 )
 def test_a_pte_of_another_format(run_pte, tmp_path, demo_tokenizer, version, expected):
-    constants = hollow_constants(demo_tokenizer, ()) | {"mvlm_format_version": version}
+    """It is said before what such a file lacks."""
+    constants = hollow_constants(demo_tokenizer, ("mvlm_logit_positions",)) | {"mvlm_format_version": version}
     path = write_hollow_pte(tmp_path / "other.pte", constants, with_vision=True)
-    check_refused(run_pte(model_path=path), str(path), f"is of format {version}", "reads format 3 alone", expected)
+    check_refused(run_pte(model_path=path), str(path), f"is of format {version}", "reads format 4 alone", expected)
 
 
 def test_a_pte_for_other_programs(run_pte, tmp_path, demo_tokenizer):

@@ -54,6 +54,7 @@ METADATA = Metadata(
     recipe="{}",
     max_seq_len=2,
     max_context_len=2,
+    logit_positions=2,
     vocab_size=3,
     bos_id=1,
     eos_ids=(2,),

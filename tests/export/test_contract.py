@@ -21,6 +21,7 @@ WITH_PICTURES = Metadata(
     recipe="{}",
     max_seq_len=256,
     max_context_len=768,
+    logit_positions=8,
     vocab_size=32064,
     bos_id=1,
     eos_ids=(2, 7),
@@ -61,7 +62,7 @@ def test_image_constants_come_all_or_none(name):
         Metadata.from_constant_methods({key: value for key, value in whole.items() if key not in others})
 
 
-@pytest.mark.parametrize(("version", "advice"), [(FORMAT_VERSION + 1, "install a newer mvlm"), (1, "export it again")])
+@pytest.mark.parametrize(("version", "advice"), [(FORMAT_VERSION + 1, "install a newer mvlm"), (3, "export it again")])
 def test_another_format_is_said_before_what_it_lacks(version, advice):
     with pytest.raises(ValueError, match=f"of format {version}, this mvlm reads format {FORMAT_VERSION}: {advice}"):
         Metadata.from_constant_methods({"mvlm_format_version": version})
@@ -77,6 +78,8 @@ def test_another_format_is_said_before_what_it_lacks(version, advice):
         (WITH_PICTURES, {"image_marker": ""}, "must contain the image marker '' once"),
         (LANGUAGE_MODEL, {"image_marker": "<image>"}, "must be empty, not '<image>' and ''"),
         (LANGUAGE_MODEL, {"image_prefix": "<image>\n"}, "must be empty"),
+        (LANGUAGE_MODEL, {"logit_positions": 0}, "logit_positions 0 is not in 1 .. 256"),
+        (LANGUAGE_MODEL, {"logit_positions": 257}, "logit_positions 257 is not in 1 .. 256"),
     ],
 )
 def test_refuses_what_contradicts_itself(metadata, changes, message):

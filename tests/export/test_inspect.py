@@ -150,6 +150,7 @@ METADATA = Metadata(
     recipe=mobile().to_json(),
     max_seq_len=256,
     max_context_len=768,
+    logit_positions=8,
     vocab_size=10,
     bos_id=1,
     eos_ids=(2,),

@@ -23,6 +23,7 @@ from mvlm.export import demo
 from mvlm.export.checkpoint import open_checkpoint
 from mvlm.export.contract import ImageProcessing
 from mvlm.export.models import (
+    LOGIT_POSITIONS,
     PROJECTOR_TYPES,
     CLIPVisionConfig,
     CLIPVisionTower,
@@ -33,6 +34,7 @@ from mvlm.export.models import (
     TextDecoder,
     build_projector,
     image_token_count,
+    last_positions,
 )
 from mvlm.export.preprocess import preprocess
 from mvlm.export.recipe import ATTENTION_OPS
@@ -311,7 +313,27 @@ def test_text_decoder_with_cache_equals_transformers(llama, prompt, attention_op
     for count in [prompt] + [1] * (CAPACITY - prompt):
         logits = decoder(embeddings[:, position : position + count], torch.tensor([position]))
         position += count
-        assert_same(logits, expected[:, position - 1 : position])
+        assert_same(logits, expected[:, position - min(count, LOGIT_POSITIONS) : position])
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 100])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 100])
+def test_logits_of_the_last_positions(llama, length, count):
+    """They are those of a decoder that gives one position at a time, and transformers'."""
+    checkpoint, model, oracle = llama
+    ids = token_ids(checkpoint.sizes, length)
+    embeddings = model.embed_tokens(ids)
+    rows = TextDecoder(model.language_model, length, logit_positions=count)(embeddings, torch.tensor([0]))
+    assert_same(rows, oracle(ids).logits[:, -count:])
+    single = TextDecoder(model.language_model, length, logit_positions=1)
+    one_by_one = [single(embeddings[:, i : i + 1], torch.tensor([i])) for i in range(length)]
+    assert all(logits.shape[1] == 1 for logits in one_by_one)
+    assert_same(rows, torch.cat(one_by_one[-count:], dim=1))
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 256])
+def test_indices_of_the_last_positions(length):
+    assert torch.equal(last_positions(length, 8), torch.arange(length)[-8:])
 
 
 def test_text_decoder_in_chunks_and_from_the_start_again(llama):
@@ -325,7 +347,7 @@ def test_text_decoder_in_chunks_and_from_the_start_again(llama):
             embeddings = model.embed_tokens(ids[:, position : position + count])
             logits = decoder(embeddings, torch.tensor([position]))
             position += count
-            assert_same(logits, expected[:, position - 1 : position])
+            assert_same(logits, expected[:, position - min(count, LOGIT_POSITIONS) : position])
 
 
 @pytest.mark.parametrize(("kv_type", "least_db"), [("fp16", 60), ("int8", 35)])
@@ -356,6 +378,8 @@ def test_text_decoder_refuses_what_does_not_fit(llama):
     for capacity in (0, limit + 1):
         with pytest.raises(ValueError, match=f"max_context_len {capacity} is not in 1 .. {limit} .max_position_embed"):
             TextDecoder(model.language_model, capacity)
+    with pytest.raises(ValueError, match="logit_positions 0 is below 1"):
+        TextDecoder(model.language_model, CAPACITY, logit_positions=0)
 
 
 @pytest.mark.parametrize(

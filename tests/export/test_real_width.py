@@ -31,7 +31,7 @@ from mvlm.export.capture import CapturedMethod, capture
 from mvlm.export.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from mvlm.export.lower import Lowered, lower_program
-from mvlm.export.models import MobileVLM, TextDecoder
+from mvlm.export.models import LOGIT_POSITIONS, MobileVLM, TextDecoder
 from mvlm.export.package import describe, write_pte
 from mvlm.export.preprocess import load_image, pad_to_square, preprocess
 from mvlm.export.progress import Progress
@@ -152,7 +152,7 @@ def test_language_model_equals_transformers(name, head_dim, tmp_path):
     embeddings = model.embed_tokens(ids)
     assert_same(model(embeddings[:, :prompt]), theirs.logits)
     decoder = TextDecoder(model.language_model, prompt + steps)
-    assert_same(decoder(embeddings[:, :prompt], torch.tensor([0])), theirs.logits[:, -1:])
+    assert_same(decoder(embeddings[:, :prompt], torch.tensor([0])), theirs.logits[:, -LOGIT_POSITIONS:])
     for position in range(prompt, prompt + steps):
         one = slice(position, position + 1)
         theirs = oracle(ids[:, one], past_key_values=theirs.past_key_values, use_cache=True)
@@ -400,7 +400,8 @@ def test_pieces_of_the_text_decoder(v1):
     for name in watched:
         if name == "text_tail":
             method = v1.method(name)
-            expected = [logits for _, logits in calls[name]]
+            expected = [logits[None] for _, logits in calls[name]]
+            assert [logits.shape[1] for logits in expected] == [LOGIT_POSITIONS] + [1] * TEXT_STEPS
             actual = [method(*after) for _, after in calls["language_model.layers.1"]]
         else:
             method = v1.layer(name)
@@ -451,7 +452,7 @@ def test_text_decoder_as_a_whole(v1):
     calls = prompt_and_steps(v1)
 
     def run(decoder: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        return torch.cat([decoder(change(x), start) for x, start in calls])
+        return torch.cat([decoder(change(x), start) for x, start in calls], dim=1)
 
     def eager(model: MobileVLM) -> TextDecoder:
         return TextDecoder(model.language_model, MAX_CONTEXT_LEN, Recipe().kv_cache)

@@ -25,6 +25,7 @@ Constants Good() {
       {contract::kRecipe, {"{}"}},
       {contract::kPromptTemplate, {"USER: {prompt} ASSISTANT:"}},
       {contract::kNextTurnTemplate, {"USER: {prompt} ASSISTANT:"}},
+      {contract::kLogitPositions, {int64_t{8}}},
       {contract::kImageMarker, {"<image>"}},
       {contract::kImagePrefix, {"<image>\n"}},
       {contract::kStopStrings, {"</s>"}},
@@ -53,6 +54,7 @@ TEST(ParseMetadata, ReadsAllFields) {
   ASSERT_TRUE(metadata.ok()) << metadata.error().message;
   EXPECT_EQ(metadata->max_seq_len, 256);
   EXPECT_EQ(metadata->max_context_len, 768);
+  EXPECT_EQ(metadata->logit_positions, 8);
   EXPECT_EQ(metadata->program_id, "sha256:01");
   EXPECT_EQ(metadata->eos_ids, (std::vector<int64_t>{2, 7}));
   EXPECT_EQ(metadata->prompt.image_prefix, "<image>\n");
@@ -131,17 +133,17 @@ TEST(ParseMetadata, KnowsWhoseAttentionItIs) {
 }
 
 TEST(ParseMetadata, RefusesEveryOtherFormatAndSaysWhatToDo) {
-  const std::string older = Complaint(With(contract::kFormat, {int64_t{1}}));
-  EXPECT_NE(older.find("format 1"), std::string::npos) << older;
+  const std::string older = Complaint(With(contract::kFormat, {int64_t{3}}));
+  EXPECT_NE(older.find("format 3"), std::string::npos) << older;
   EXPECT_NE(older.find("older mvlm: export it again"), std::string::npos) << older;
   const std::string newer = Complaint(With(contract::kFormat, {contract::kFormatVersion + 1}));
-  EXPECT_NE(newer.find("format 4"), std::string::npos) << newer;
+  EXPECT_NE(newer.find("format 5"), std::string::npos) << newer;
   EXPECT_NE(newer.find("newer mvlm: install"), std::string::npos) << newer;
 }
 
 TEST(ParseMetadata, AnOlderFormatIsCalledThatWhateverElseItLacks) {
-  Constants constants = With(contract::kFormat, {int64_t{1}});
-  constants.erase(contract::kProgramId);
+  Constants constants = With(contract::kFormat, {int64_t{3}});
+  constants.erase(contract::kLogitPositions);
   EXPECT_NE(Complaint(constants).find("older mvlm"), std::string::npos) << Complaint(constants);
 }
 
@@ -152,6 +154,8 @@ TEST(ParseMetadata, RefusesValuesThatCannotBe) {
       {contract::kMaxContextLen, {"768"}},
       {contract::kMaxContextLen, {}},
       {contract::kMaxSeqLen, {int64_t{769}}},
+      {contract::kLogitPositions, {int64_t{0}}},
+      {contract::kLogitPositions, {int64_t{257}}},
       {contract::kProgramId, {""}},
       {contract::kBosId, {int64_t{32000}}},
       {contract::kEosIds, {}},

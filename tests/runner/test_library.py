@@ -9,9 +9,16 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from sentencepiece import SentencePieceProcessor
+from tiny_pte import VOCAB_SIZE
+from torch import Tensor
 
 from mvlm.export import demo
+from mvlm.runtime.preprocess import load_image, preprocess
+from mvlm.runtime.prompt import prompt_ids, prompt_text
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "What color is the circle?"
@@ -104,6 +111,9 @@ class GenerateOptions(Structure):
     _fields_ = [("size", c_size_t), ("max_new_tokens", c_int64), ("temperature", c_double), ("top_p", c_double),
                 ("top_k", c_int64), ("seed", c_uint64), ("has_seed", c_int32), ("raw_prompt", c_int32)]
 
+class ScoreOptions(Structure):
+    _fields_ = [("size", c_size_t), ("raw_prompt", c_int32)]
+
 class Stats(Structure):
     _fields_ = [("size", c_size_t), ("load_ms", c_double), ("images", c_int64), ("image_encode_ms", c_double),
                 ("prompt_tokens", c_int64), ("prefill_ms", c_double), ("first_token_ms", c_double),
@@ -112,7 +122,9 @@ class Stats(Structure):
 
 lib = CDLL(sys.argv[1])
 lib.mvlm_last_error.restype = lib.mvlm_version.restype = c_char_p
+lib.mvlm_runner_vocab_size.restype = c_int64
 Callback = CFUNCTYPE(c_int32, c_char_p, c_void_p)
+LogitsCallback = CFUNCTYPE(None, c_int64, POINTER(c_float), c_void_p)
 OK, FAILURE, INVALID = 0, 1, 2
 
 def check(status, expected=OK):
@@ -141,6 +153,30 @@ def generate(runner, on_text=None, expected=OK, **fields):
     keep = Callback(callback)
     check(lib.mvlm_runner_generate(runner, byref(options), keep, None, byref(reason)), expected)
     return b"".join(parts).decode(), reason.value
+
+def tokenize(runner, text):
+    count = c_int64(-1)
+    check(lib.mvlm_runner_tokenize(runner, text, None, c_int64(0), byref(count)))
+    ids = (c_int64 * (count.value + 1))(*[-7] * (count.value + 1))
+    check(lib.mvlm_runner_tokenize(runner, text, ids, c_int64(count.value), byref(count)))
+    assert ids[count.value] == -7
+    return ids[:count.value]
+
+def score(runner, ids, raw_prompt=0, on_row=None, expected=OK):
+    # Logarithms of probabilities, and the bytes of the logits that came, one row after another.
+    options = ScoreOptions()
+    lib.mvlm_score_options_init(byref(options))
+    options.raw_prompt = raw_prompt
+    size, rows, values = lib.mvlm_runner_vocab_size(runner), [], (c_double * len(ids))(*[7.0] * len(ids))
+    def callback(i, logits, _):
+        assert i == len(rows)
+        rows.append(string_at(logits, 4 * size))
+        if on_row is not None:
+            on_row(i)
+    keep = LogitsCallback(callback)
+    given = (c_int64 * len(ids))(*ids)
+    check(lib.mvlm_runner_score(runner, given, c_int64(len(ids)), byref(options), keep, None, values), expected)
+    return list(values), b"".join(rows)
 
 def stats(runner):
     values = Stats(size=sizeof(Stats))
@@ -279,6 +315,8 @@ def test_a_call_within_a_call_is_refused(through_c):
         def on_text(text):
             for call in (lambda: lib.mvlm_runner_reset(runner), lambda: lib.mvlm_runner_add_text(runner, b"x"),
                          lambda: lib.mvlm_runner_add_picture(runner, sys.argv[3].encode()),
+                         lambda: lib.mvlm_runner_tokenize(runner, b"x", None, c_int64(0), byref(c_int64())),
+                         lambda: lib.mvlm_runner_score(runner, None, c_int64(0), None, LogitsCallback(), None, None),
                          lambda: lib.mvlm_runner_generate(runner, None, None, None, None)):
                 refused.append(check(call(), FAILURE))
             assert stats(runner).generated_tokens == 0
@@ -288,9 +326,202 @@ def test_a_call_within_a_call_is_refused(through_c):
         print(json.dumps([refused, reason]))
         """
     )
-    assert len(reasons[0]) == 4
+    assert len(reasons[0]) == 6
     assert all("in another call" in reason for reason in reasons[0])
     assert reasons[1] == 4
+
+
+# Logits of given ids. The tiny models are float32 and random: torch computes the same but for the order of sums.
+
+
+def check_scores(found: list[list[float]], logits_file: Path, expected: list[Tensor], ids: list[list[int]]) -> None:
+    """Of several calls: the logarithms, and the logits in one file.
+
+    Args:
+        expected: logits [n + 1, V] of each call, from the last position of its prompt on.
+        ids: n of each call.
+    """
+    rows = torch.from_numpy(np.fromfile(logits_file, dtype=np.float32)).view(-1, VOCAB_SIZE)
+    assert torch.cat(expected).std() > 0.1
+    torch.testing.assert_close(rows, torch.cat(expected), atol=1e-4, rtol=1e-4)
+    assert [len(values) for values in found] == [len(given) for given in ids]
+    for values, logits, given in zip(found, expected, ids, strict=True):
+        oracle = torch.log_softmax(logits.double(), dim=-1)[range(len(given)), given]
+        torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), oracle, atol=1e-3, rtol=0)
+
+
+def test_scores_of_a_text(through_c, text_pte, tmp_path):
+    """After BOS alone, of any length, one after another."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (1, 7, 8, 9, 0, 255)]
+    found = through_c(
+        """
+        status, runner = load(sys.argv[4], weight_cache=b"off")
+        check(status)
+        results = [score(runner, ids) for ids in json.loads(sys.argv[6])]
+        open(sys.argv[5], "wb").write(b"".join(rows for _, rows in results))
+        assert stats(runner).positions_used == 0
+        print(json.dumps([values for values, _ in results]))
+        """,
+        text_pte.path,
+        tmp_path / "logits",
+        json.dumps(ids),
+    )
+    bos = text_pte.metadata.bos_id
+    with torch.no_grad():
+        expected = [text_pte.model(text_pte.model.embed_tokens(torch.tensor([[bos, *given]])))[0] for given in ids]
+    check_scores(found, tmp_path / "logits", expected, ids)
+
+
+def test_scores_of_answers_about_a_picture(through_c, llava_pte, sample_image, tmp_path):
+    """What was added stays: several answers in any order, then text that is added to it, then another template."""
+    found = through_c(
+        """
+        status, runner = load(sys.argv[4], weight_cache=b"off")
+        check(status)
+        check(lib.mvlm_runner_add_picture(runner, sys.argv[3].encode()))
+        check(lib.mvlm_runner_add_text(runner, b"What is"))
+        ids = [tokenize(runner, text) for text in (b"a red circle", b"two blue squares beside a large green circle")]
+        results = [score(runner, ids[0]), score(runner, ids[1]), score(runner, ids[0])]
+        check(lib.mvlm_runner_add_text(runner, b" in it?"))
+        results += [score(runner, ids[0]), score(runner, ids[0], raw_prompt=1)]
+        open(sys.argv[5], "wb").write(b"".join(rows for _, rows in results))
+        assert results[0] == results[2]
+        print(json.dumps([ids, [values for values, _ in results]]))
+        """,
+        llava_pte.path,
+        tmp_path / "logits",
+    )
+    model, metadata = llava_pte.model, llava_pte.metadata
+    tokenizer = SentencePieceProcessor(model_proto=llava_pte.tokenizer)
+    first, second = found[0]
+    assert [first, second] == tokenizer.encode(["a red circle", "two blue squares beside a large green circle"])
+    assert len(second) > 8 > len(first)
+
+    def logits(question: str, ids: list[int], raw: bool = False) -> Tensor:
+        text = prompt_text(metadata, question, images=1, raw=raw)
+        before, after = prompt_ids(tokenizer, metadata, text)
+        before_1LD, after_1LD = (model.embed_tokens(torch.tensor([piece])) for piece in (before, after + ids))
+        picture_1TD = model.encode_image(preprocess(load_image(sample_image), metadata.image))
+        return model(torch.cat([before_1LD, picture_1TD, after_1LD], dim=1))[0, -len(ids) - 1 :]
+
+    whole = "What is in it?"
+    with torch.no_grad():
+        expected = [logits("What is", ids) for ids in (first, second, first)]
+        expected += [logits(whole, first), logits(metadata.image_prefix + whole, first, raw=True)]
+    check_scores(found[1], tmp_path / "logits", expected, [first, second, first, first, first])
+
+
+def test_an_answer_is_what_scores_best(through_c, sample_image):
+    """Token by token, in the first and the second turn; scoring changes neither answers nor the conversation."""
+    found = through_c(
+        """
+        import array
+        def likeliest(rows):
+            size = lib.mvlm_runner_vocab_size(runner)
+            values = array.array("f", rows)
+            rows = [values[at : at + size] for at in range(0, len(values), size)]
+            return [max(range(size), key=row.__getitem__) for row in rows]
+        def turn(runner, question, scored):
+            check(lib.mvlm_runner_add_text(runner, question))
+            result = [score(runner, tokenize(runner, text)) for text in scored]
+            used = stats(runner).positions_used
+            return [likeliest(rows) for _, rows in result], [v for v, _ in result], used, generate(runner)[0]
+        turns = []
+        for scored in ((), (b"Hello there", None)):
+            status, runner = load(sys.argv[2], weight_cache=b"off")
+            check(lib.mvlm_runner_add_picture(runner, sys.argv[3].encode()))
+            for question in (b"Describe the image.", b"What color is the circle?"):
+                best = len(turns) > 1 and turns[len(turns) - 2][3].encode()
+                turns.append(turn(runner, question, [text or best for text in scored]))
+                turns[-1] += (tokenize(runner, turns[-1][3].encode()),)
+            lib.mvlm_runner_free(runner)
+        print(json.dumps(turns))
+        """
+    )
+    for plain, scored in zip(found[:2], found[2:], strict=True):
+        assert plain[2:] == scored[2:]
+        (_, likeliest), (other, log_probabilities), _, _, ids = scored
+        assert likeliest == [*ids, 2]  # and then the end token
+        assert sum(log_probabilities) / len(ids) > -0.7 > sum(other) / len(other)
+
+
+def test_scoring_is_stopped_and_begun_anew(through_c):
+    found = through_c(
+        """
+        status, runner = load(sys.argv[2], weight_cache=b"off")
+        check(lib.mvlm_runner_add_text(runner, b"Describe the image."))
+        ids = list(range(5, 25))
+        def stop(i):
+            if i == 3:
+                lib.mvlm_runner_stop(runner)
+        values, rows = score(runner, ids, on_row=stop, expected=FAILURE)
+        said = lib.mvlm_last_error().decode()
+        assert values == [7.0] * 20
+        size = 4 * lib.mvlm_runner_vocab_size(runner)
+        again = score(runner, ids)
+        assert again[1].startswith(rows)
+        generate(runner, max_new_tokens=1)
+        check(lib.mvlm_runner_add_text(runner, b"Hi"))
+        score(runner, ids)
+        lib.mvlm_runner_reset(runner)
+        check(lib.mvlm_runner_add_text(runner, b"Describe the image."))
+        assert score(runner, ids) == again
+        print(json.dumps([said, len(rows) // size, len(again[1]) // size]))
+        """
+    )
+    assert found == ["stopped before all was read", 9, 21]
+
+
+def test_what_cannot_be_scored(through_c):
+    messages = through_c(
+        """
+        said = []
+        status, runner = load(sys.argv[2], seq_len=80, weight_cache=b"off")
+        size = lib.mvlm_runner_vocab_size(runner)
+        def fails(ids, **fields):
+            values, rows = score(runner, ids, expected=INVALID, **fields)
+            assert not rows
+            assert values == [7.0] * len(ids)
+            said.append(lib.mvlm_last_error().decode())
+        fails([3, -1])
+        fails([size])
+        fails([3] * 80)
+        assert len(score(runner, [3] * 79)[0]) == 79
+        check(lib.mvlm_runner_add_text(runner, b"word " * 100))
+        fails([3])
+        lib.mvlm_runner_reset(runner)
+        check(lib.mvlm_runner_add_text(runner, b"  "))
+        fails([3])
+        none, count = LogitsCallback(), c_int64()
+        for call in (lambda: lib.mvlm_runner_score(runner, None, c_int64(1), None, none, None, None),
+                     lambda: lib.mvlm_runner_score(runner, None, c_int64(-1), None, none, None, None),
+                     lambda: lib.mvlm_runner_tokenize(runner, None, None, c_int64(0), byref(count)),
+                     lambda: lib.mvlm_runner_tokenize(runner, b"x", None, c_int64(0), None),
+                     lambda: lib.mvlm_runner_tokenize(runner, b"x", None, c_int64(1), byref(count)),
+                     lambda: lib.mvlm_runner_tokenize(runner, b"caf\\xc3", None, c_int64(0), byref(count))):
+            said.append(check(call(), INVALID))
+        lib.mvlm_runner_reset(runner)
+        check(lib.mvlm_runner_score(runner, None, c_int64(0), None, none, None, None))
+        print(json.dumps(said))
+        """
+    )
+    expected = [
+        "id 1 is -1, which is not in 0 .. ",
+        "id 0 is ",
+        "the prompt takes 1 positions and what is to be scored 80, but of 80 only 80 are left",
+        "but of 80 only 80 are left",
+        "the prompt is empty",
+        "ids is NULL",
+        "count is negative",
+        "text is NULL",
+        "count is NULL",
+        "ids is NULL",
+        "not valid UTF-8",
+    ]
+    assert len(messages) == len(expected)
+    for message, part in zip(messages, expected, strict=True):
+        assert part in message
 
 
 def test_what_c_callers_get_wrong(through_c, tmp_path):

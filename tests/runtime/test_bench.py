@@ -145,18 +145,19 @@ def test_shares_of_the_limits():
     vision = (Linear(rows=577, in_features=1000, out_features=1000, weights=8, num_bytes=1_000_000),)
     text = (
         Linear(rows=256, in_features=1000, out_features=1000, weights=4, num_bytes=500_000),
-        Linear(rows=1, in_features=1000, out_features=4000, weights=4, num_bytes=2_000_000),
+        Linear(rows=8, in_features=1000, out_features=4000, weights=4, num_bytes=2_000_000),
     )
     work = Work(vision, text, max_seq_len=256, max_context_len=768, cache_bytes=768_000)
     assert work.encode_macs() == {8: 577_000_000}
-    assert work.prefill_macs(300) == {4: 300_000_000 + 2 * 4_000_000}, "two calls, each of which makes logits once"
+    assert work.prefill_macs(300) == {4: 300_000_000 + 2 * 8 * 4_000_000}, "two calls, each with logits of 8 positions"
+    assert work.prefill_macs(5) == {4: 5_000_000 + 5 * 4_000_000}
     assert work.decode_bytes(100) == 2_500_000 + 100_000
     rates = {8: MultiplyRate("a", 1e9), 4: MultiplyRate("b", 2e9), 32: MultiplyRate("c", 1e9)}
     limits = Limits(2, 1e9, rates)
     share, what = share_of_limit(work, limits, "encode", 1154.0, 300, 0)
     assert (share, what) == (pytest.approx(0.5), "int8 × int8")
     share, _ = share_of_limit(work, limits, "prefill", 1000.0, 300, 0)
-    assert share == pytest.approx(0.308 / 2 / 0.3)
+    assert share == pytest.approx(0.364 / 2 / 0.3)
     share, what = share_of_limit(work, limits, "decode", 100.0, 100, 0)
     assert (share, what) == (pytest.approx(0.26), "reads")
     assert share_of_limit(work, limits, "load", 1.0, 100, 0) is None

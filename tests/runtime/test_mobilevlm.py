@@ -159,6 +159,15 @@ def test_a_file_that_contradicts_itself(tmp_path, demo_tokenizer, with_vision, l
         PteProgram(path)
 
 
+@pytest.mark.parametrize(("version", "advice"), [(3, "export it again"), (5, "install a newer mvlm")])
+def test_a_file_of_another_format(tmp_path, demo_tokenizer, version, advice):
+    """It is said before what such a file lacks."""
+    constants = hollow_constants(demo_tokenizer, ("mvlm_logit_positions",)) | {"mvlm_format_version": version}
+    path = write_hollow_pte(tmp_path / "other.pte", constants, with_vision=True)
+    with pytest.raises(PteError, match=rf"other\.pte: the file is of format {version}, .* reads format 4: {advice}$"):
+        PteProgram(path)
+
+
 def test_a_tokenizer_of_another_model(text_pte, tmp_path):
     buffer = io.BytesIO()
     words = random.Random(1)

@@ -59,6 +59,11 @@ struct GenerateOptions {
   bool raw_prompt = false;
 };
 
+struct ScoreOptions {
+  // The text is the whole prompt and is put into no template.
+  bool raw_prompt = false;
+};
+
 enum class StopReason {
   kEndOfText,     // the model gave one of its end tokens
   kStopString,    // the text contains a stop string
@@ -96,8 +101,8 @@ enum class PixelFormat {
   kRgba,  // 4, the last is ignored; Android's ARGB_8888 bitmaps are this in memory
 };
 
-// One model and one conversation with it. One call at a time, but for Stop() and stats(): any other
-// while one runs, also from its callback, is refused with a Failure.
+// One model and one conversation with it. One call at a time, but for Stop(), stats() and
+// vocab_size(): any other while one runs, also from its callback, is refused with a Failure.
 class MVLM_API Runner {
  public:
   // InvalidInput: there is no such file, it is none of mvlm's, or an option is out of range.
@@ -131,8 +136,35 @@ class MVLM_API Runner {
   Result<Answer> Generate(const GenerateOptions& options = {},
                           const std::function<bool(std::string_view)>& on_text = {});
 
+  // Token ids of a text, as Score() takes them; a word at its beginning is taken for a word of its
+  // own, as in an answer. InvalidInput if it is not UTF-8.
+  Result<std::vector<int64_t>> Tokenize(std::string_view text);
+
+  // How likely `ids` are after what was added, pictures included, and the conversation before it:
+  // of each the natural logarithm of its probability, log softmax of the logits at its place. After
+  // nothing at all (no picture, no text, a new conversation) they begin a text: the prompt is BOS.
+  //
+  // `on_logits` may be empty. It gets the logits themselves, float32 [vocab_size()], for i = 0, 1,
+  // ... ids.size(), from the thread that called this: those after the prompt and the first i ids,
+  // which say what ids[i] is. They hold until it returns. Without ids there is i = 0 alone: the
+  // logits of the next token.
+  //
+  // What was added stays, and so does the conversation: score one answer after another, or
+  // Generate() one. The prompt is read again only if something was added or another prompt came
+  // between.
+  //
+  // InvalidInput if an id is not in 0 .. vocab_size() - 1, or all does not fit into what is left of
+  // the conversation. Failure if Stop() was called. stats() says nothing of it.
+  Result<std::vector<double>> Score(
+      const std::vector<int64_t>& ids, const ScoreOptions& options = {},
+      const std::function<void(int64_t i, const float* logits)>& on_logits = {});
+
+  // How many tokens the model can choose from. From any thread.
+  int64_t vocab_size() const;
+
   // Ends the answer that is being generated after the present token, or in the middle of a prompt
-  // that is read in several steps. From any thread; without effect if nothing is generated.
+  // that is read in several steps, and Score() after the present step. From any thread; without
+  // effect if nothing is generated or scored.
   void Stop();
 
   // Begins a new conversation and forgets what was added.

@@ -59,6 +59,11 @@ typedef struct mvlm_generate_options {
   int32_t raw_prompt; /* 1: the text is put into no template */
 } mvlm_generate_options;
 
+typedef struct mvlm_score_options {
+  size_t size;
+  int32_t raw_prompt; /* 1: the text is put into no template */
+} mvlm_score_options;
+
 typedef struct mvlm_stats {
   size_t size;
   double load_ms;
@@ -77,8 +82,13 @@ typedef struct mvlm_stats {
 /* Gets a part of the answer, whole characters; returns 1 if more is wanted, else 0. */
 typedef int32_t (*mvlm_text_callback)(const char* text, void* user_data);
 
+/* Gets the logits, float32 [mvlm_runner_vocab_size()], after the prompt and the first `i` ids. They
+ * hold until it returns. */
+typedef void (*mvlm_logits_callback)(int64_t i, const float* logits, void* user_data);
+
 MVLM_C_API void mvlm_runner_options_init(mvlm_runner_options* options);
 MVLM_C_API void mvlm_generate_options_init(mvlm_generate_options* options);
+MVLM_C_API void mvlm_score_options_init(mvlm_score_options* options);
 
 /* `options` may be NULL. `*runner` is NULL unless this returns MVLM_OK. */
 MVLM_C_API mvlm_status mvlm_runner_load(const char* model_path, const mvlm_runner_options* options,
@@ -99,6 +109,20 @@ MVLM_C_API mvlm_status mvlm_runner_generate(mvlm_runner* runner,
                                             const mvlm_generate_options* options,
                                             mvlm_text_callback on_text, void* user_data,
                                             mvlm_stop_reason* reason);
+
+/* `*count` becomes how many ids the text has; the first `capacity` of them are written to `ids`,
+ * which may be NULL if `capacity` is 0. */
+MVLM_C_API mvlm_status mvlm_runner_tokenize(mvlm_runner* runner, const char* text, int64_t* ids,
+                                            int64_t capacity, int64_t* count);
+/* Logits and probabilities of given ids after what was added, which stays; see Runner::Score().
+ * `ids` may be NULL if `count` is 0, and `options`, `on_logits` (called for i = 0 .. count) and
+ * `log_probabilities` [count] may be NULL. After an error, `log_probabilities` is unchanged. */
+MVLM_C_API mvlm_status mvlm_runner_score(mvlm_runner* runner, const int64_t* ids, int64_t count,
+                                         const mvlm_score_options* options,
+                                         mvlm_logits_callback on_logits, void* user_data,
+                                         double* log_probabilities);
+/* From any thread. */
+MVLM_C_API int64_t mvlm_runner_vocab_size(const mvlm_runner* runner);
 /* From any thread. */
 MVLM_C_API void mvlm_runner_stop(mvlm_runner* runner);
 MVLM_C_API mvlm_status mvlm_runner_reset(mvlm_runner* runner);
