@@ -566,16 +566,19 @@ def test_bytes_after_the_end(pte_of, tmp_path):
 
 # -- large files ------------------------------------------------------------------------------------------------------
 
-#: ru_maxrss would be of no use: it begins with what the parent process had.
+#: ru_maxrss would be of no use: it begins with what the parent process had. Bytes read tell of a pass over the weights
+#: that keeps nothing; time would tell of the machine.
 MEASURE = """
-import sys, time
+import sys
 from pathlib import Path
 from mvlm.export.inspect import inspect_pte
-start = time.perf_counter()
+def value(file, name):
+    [line] = [line for line in Path("/proc/self", file).read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1])
+before = value("io", "rchar")
 facts = inspect_pte(sys.argv[1])
-seconds = time.perf_counter() - start
-[peak] = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-print(facts.size == sum(facts.regions.values()), facts.regions["named data"], seconds, peak, "torch" in sys.modules)
+read, peak_kib = value("io", "rchar") - before, value("status", "VmHWM")
+print(facts.size == sum(facts.regions.values()), facts.regions["named data"], read, peak_kib, "torch" in sys.modules)
 """
 
 
@@ -601,11 +604,12 @@ def test_weights_are_not_read(pte_of, tmp_path):
         file.write(segments)
         file.truncate(base + end + weights)
     result = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True)
-    adds_up, named, seconds, peak_kib, torch_loaded = result.stdout.split()
+    adds_up, named, read, peak_kib, torch_loaded = result.stdout.split()
     assert adds_up == "True"
     assert int(named) == weights + pte_of("quantized").facts.regions["named data"]
-    assert float(seconds) < 20, "usually half a second"
-    assert int(peak_kib) < 150 * 1024, "usually 40 MiB"
+    # Both are many times what Python and the rest of the file take: 3 MiB read, and 38 MiB in memory.
+    assert int(read) < weights / 20
+    assert int(peak_kib) * 1024 < weights / 20
     assert torch_loaded == "False", "it answers at once"
 
 

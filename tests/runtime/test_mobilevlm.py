@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rounding import TIE, least_lead, rounding_noise
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tiny_pte import VOCAB_SIZE, hollow_constants, write_hollow_pte
 
@@ -24,17 +25,31 @@ def model(demo_pte: Path) -> MobileVLM:
     return MobileVLM(demo_pte)
 
 
-@pytest.mark.parametrize("size", [(112, 112), (300, 180), (90, 230)])
-def test_same_answers_as_llava_main(model, demo_pte, llava_main, tmp_path, size):
+@pytest.mark.parametrize("size", [(112, 112), (300, 180), (135, 240)])
+def test_same_answers_as_llava_main(model, demo_pte, llava_main, tmp_path, monkeypatch, size):
+    """Also where ``llava_main`` takes other kernels than Python has: each answer is one that no rounding decides.
+
+    Of pictures higher or wider than 16:9, which the demo model was not trained with, some answers hang by a thread.
+    """
     scene = sample_scene(random.Random(sum(size)))
     picture = tmp_path / "picture.png"
     draw(scene, *size).save(picture)
+    noise = rounding_noise(model.program.text_decoder, [model.embed(picture, "Describe the image.")])
+    run, leads = model.program.text_decoder, []
+
+    def watched(embeddings: torch.Tensor, start_pos: int) -> torch.Tensor:
+        logits = run(embeddings, start_pos)
+        leads.append(least_lead(logits))
+        return logits
+
+    monkeypatch.setattr(model.program, "text_decoder", watched)
     for question in {question for question, *_ in questions(scene)} | {"A question nobody asked, é?"}:
         command = [llava_main, "--model_path", demo_pte, "--image_path", picture, "--prompt", question]
         ran = subprocess.run(
             [*map(str, command), "--temperature", "0", "--quiet"], capture_output=True, text=True, check=True
         )
         assert ran.stdout == model.answer(picture, question) + "\n"
+        assert min(leads) > TIE * noise, question
 
 
 def test_streams_what_it_answers(model, sample_image):

@@ -433,7 +433,9 @@ def test_recording_of_llava_main(demo_pte, sample_image, llava_main, tmp_path, c
     assert len(parts["vision_encoder"].calls) == 1
     # The answer has more than ten tokens, each of which was decoded and embedded.
     assert len(parts["text_decoder[decode]"].calls) > 10
-    assert parts["text_decoder[prefill]"].total_ns > 3 * parts["text_decoder[decode]"].calls[0].total_ns / 2
+    # The prompt fits into one call, which comes before all that decode.
+    [prefill] = parts["text_decoder[prefill]"].calls
+    assert prefill.start_ns + prefill.total_ns <= min(call.start_ns for call in parts["text_decoder[decode]"].calls)
     layers = {stack.method: len(stack.layer_ms) for stack in profile.layers()}
     assert layers["text_decoder"] == 4
     assert layers["vision_encoder"] == 5
