@@ -41,6 +41,9 @@ TOKENIZER = "mvlm_tokenizer"
 #: weights (hashes themselves) and its metadata. What a runner derives from a program, it files under this.
 PROGRAM_ID = "mvlm_program_id"
 
+#: Constant method that holds a digest over the quantized linears, see :mod:`mvlm.export.stored_weights`.
+WEIGHTS_DIGEST = "mvlm_weights_digest"
+
 #: Where the question goes in :attr:`Metadata.prompt_template` and :attr:`Metadata.next_turn_template`.
 PROMPT_PLACEHOLDER = "{prompt}"
 

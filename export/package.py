@@ -17,7 +17,14 @@ from executorch.exir.delegate import executorch_call_delegate
 
 from mvlm.export.capture import logit_positions
 from mvlm.export.checkpoint import Checkpoint
-from mvlm.export.contract import PROGRAM_ID, PROMPT_PLACEHOLDER, TOKENIZER, ImageProcessing, Metadata
+from mvlm.export.contract import (
+    PROGRAM_ID,
+    PROMPT_PLACEHOLDER,
+    TOKENIZER,
+    WEIGHTS_DIGEST,
+    ImageProcessing,
+    Metadata,
+)
 from mvlm.export.files import atomic_write
 from mvlm.export.lower import EDGE_COMPILE_CONFIG, Lowered
 from mvlm.export.recipe import Recipe
@@ -82,10 +89,11 @@ def program_id(lowered: Lowered, metadata: Metadata) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def constant_methods(metadata: Metadata, tokenizer: bytes, program_id: str) -> dict[str, Any]:
+def constant_methods(metadata: Metadata, tokenizer: bytes, program_id: str, weights_digest: str) -> dict[str, Any]:
     """All constant methods of the .pte, the tokenizer among them."""
     tokenizer_tensor = torch.from_numpy(np.frombuffer(tokenizer, dtype=np.uint8).copy())
-    return metadata.to_constant_methods() | {PROGRAM_ID: program_id, TOKENIZER: tokenizer_tensor}
+    others = {PROGRAM_ID: program_id, WEIGHTS_DIGEST: weights_digest, TOKENIZER: tokenizer_tensor}
+    return metadata.to_constant_methods() | others
 
 
 def write_pte(lowered: Lowered, constant_methods: Mapping[str, Any], path: Path) -> int:

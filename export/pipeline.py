@@ -20,6 +20,7 @@ from mvlm.export.quantize import meta_model, quantize_checkpoint, schemes_of, sm
 from mvlm.export.recipe import Recipe
 from mvlm.export.report import QuantizationReport, check_report_path, write_report
 from mvlm.export.spool import Spool
+from mvlm.export.stored_weights import digest_of_quantized
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def export_checkpoint(
     with Spool(path.absolute().parent) as spool:
         with progress.stage("read and quantize"):
             quantized = quantize_checkpoint(checkpoint, recipe, spool, progress, found)
+        digest = digest_of_quantized(quantized, schemes_of(meta_model(checkpoint), recipe))
         report = QuantizationReport(checkpoint.name, recipe, quantized.layers)
         progress.say(_indent(report.table()))
         if report_path is not None:
@@ -106,7 +108,7 @@ def export_checkpoint(
         # Of the captured programs only what the lowered ones share is still needed.
         del methods, quantized
         with progress.stage("plan memory and write"):
-            constants = constant_methods(metadata, checkpoint.tokenizer, program_id(lowered, metadata))
+            constants = constant_methods(metadata, checkpoint.tokenizer, program_id(lowered, metadata), digest)
             size = write_pte(lowered, constants, path)
     if folder is not None:
         folder.remove()

@@ -290,15 +290,14 @@ def quantize(model: MobileVLM, recipe: Recipe, calibration: Calibration | None =
     layers = []
     for name, scheme in schemes_of(model, recipe).items():
         module = model.get_submodule(name)
-        weight, snr_db = _quantize_linear(name, module.weight.detach(), scheme, calibration)
+        weight, snr_db = quantize_linear(name, module.weight.detach(), scheme, calibration)
         module.weight = nn.Parameter(weight, requires_grad=False)
         layers.append(_layer_report(name, weight, scheme, snr_db))
     return tuple(layers)
 
 
-def _quantize_linear(
-    name: str, weight: Tensor, scheme: Scheme, calibration: Calibration | None
-) -> tuple[Tensor, float]:
+def quantize_linear(name: str, weight: Tensor, scheme: Scheme, calibration: Calibration | None) -> tuple[Tensor, float]:
+    """:func:`quantize_weight` of the weight [out, in] of a module, as calibration has found it should be."""
     if calibration is None:
         return quantize_weight(weight, scheme)
     calibrated = calibration.weight(name)
@@ -372,7 +371,7 @@ def quantize_checkpoint(
         scheme = schemes.get(module_name) if name.endswith(".weight") else None
         if scheme is None:
             return tensor, None
-        weight, snr_db = _quantize_linear(module_name, tensor, scheme, calibration)
+        weight, snr_db = quantize_linear(module_name, tensor, scheme, calibration)
         del tensor
         report = _layer_report(module_name, weight, scheme, snr_db)
         return_freed_memory()
@@ -393,6 +392,24 @@ def quantize_checkpoint(
         done += shapes[name].numel()
         progress.share(done / total)
     return QuantizedCheckpoint(checkpoint, recipe, model, stacks, tuple(reports))
+
+
+def quantize_parameters(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None = None) -> MobileVLM:
+    """The whole model as :func:`quantize` would leave it, quantized as it is read: never in memory as float32.
+
+    Raises:
+        ExportError: a weight whose width no group size divides.
+    """
+    model = meta_model(checkpoint)
+    schemes = schemes_of(model, recipe)
+    for name, _ in list(model.named_parameters()):
+        tensor = checkpoint.read(name)
+        module_name = name.removesuffix(".weight")
+        if name.endswith(".weight") and module_name in schemes:
+            tensor, _ = quantize_linear(module_name, tensor, schemes[module_name], calibration)
+        _set_parameter(model, name, tensor)
+        return_freed_memory()
+    return model
 
 
 def _map_on_all_cores(work: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:

@@ -24,6 +24,7 @@ from mvlm.export.contract import (
     TOKEN_EMBEDDING,
     TOKENIZER,
     VISION_ENCODER,
+    WEIGHTS_DIGEST,
     ImageProcessing,
     Metadata,
     check_format_version,
@@ -88,6 +89,7 @@ class PteProgram:
     Attributes:
         metadata: what the file says about itself; its ``image`` is None for a language model alone.
         tokenizer: the SentencePiece model in the file.
+        weights_digest: over the quantized linears as the exporter made them, see :mod:`mvlm.export.stored_weights`.
 
     Raises:
         PteError: the file is missing, broken, or not made by ``mvlm.export``.
@@ -104,7 +106,7 @@ class PteProgram:
                 check_format_version(self._execute(program, FORMAT, [])[0])
             except ValueError as error:
                 raise PteError(f"{self.path}: {error}") from error
-        required = {TOKEN_EMBEDDING, TEXT_DECODER, TOKENIZER, PROGRAM_ID}
+        required = {TOKEN_EMBEDDING, TEXT_DECODER, TOKENIZER, PROGRAM_ID, WEIGHTS_DIGEST}
         required |= set(CONSTANT_METHODS) - set(IMAGE_CONSTANT_METHODS)
         missing = required - program.method_names
         if missing:
@@ -132,6 +134,7 @@ class PteProgram:
             self._takes_bytes = meta.num_inputs() > 0 and meta.input_tensor_meta(0).dtype() == _BYTE
         self._load_operators()
         self.tokenizer = bytes(self._execute(program, TOKENIZER, [])[0].numpy())
+        self.weights_digest: str = self._execute(program, WEIGHTS_DIGEST, [])[0]
         self._programs: dict[str, Program] = {}
 
     def vision_encoder(self, pixel_values: Tensor) -> Tensor:

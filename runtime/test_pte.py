@@ -8,8 +8,13 @@ Exits with 1 and names the rows that failed; with 2 if the input cannot be teste
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +38,39 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--image", type=Path, help="any picture (default: the bundled one); none for a language model alone"
     )
     parser.add_argument("--prompt", default="Describe the image.", help="question (default: %(default)s)")
+    parser.add_argument(
+        "--engine",
+        choices=("executorch", "llava_main"),
+        default="executorch",
+        help="whose kernels are tested: those of ExecuTorch's Python runtime alone, or llava_main's, too, which runs "
+        "others on some CPUs (default: %(default)s)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     return parser.parse_args(arguments)
+
+
+def tokens_of_llava_main(pte: Path, image: Path | None, question: str, count: int) -> list[int]:
+    """The likeliest tokens after a question, as llava_main finds them.
+
+    Raises:
+        ValueError: there is no llava_main beside this Python or on the PATH, or it failed.
+    """
+    beside_python = Path(sys.executable).with_name("llava_main")
+    program = str(beside_python) if beside_python.exists() else shutil.which("llava_main")
+    if program is None:
+        raise ValueError("--engine llava_main: there is no llava_main on the PATH; pip install . puts it there")
+    with tempfile.TemporaryDirectory() as folder:
+        stats = Path(folder) / "stats.json"
+        picture = ["--image_path", str(image)] if image is not None else []
+        command = [
+            *(program, "--model_path", str(pte), "--prompt", question, *picture),
+            *("--temperature", "0", "--ignore_eos", "--max_new_tokens", str(count)),
+            *("--stats_path", str(stats), "--quiet"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode != 0:
+            raise ValueError(f"--engine llava_main: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        return json.loads(stats.read_text())["tokens"]
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -42,9 +78,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     import torch
 
     from mvlm.export.preprocess import load_image
-    from mvlm.export.quantize import quantize
     from mvlm.export.recipe import Recipe
-    from mvlm.runtime.fidelity import Thresholds, check
+    from mvlm.runtime.fidelity import GREEDY_TOKENS, check
     from mvlm.runtime.program import PteError, PteProgram
 
     progress = Progress(options.quiet)
@@ -59,12 +94,14 @@ def run(options: argparse.Namespace) -> list[Row]:
         recipe = Recipe.from_json(program.metadata.recipe)
     except ValueError as error:
         raise PteError(f"{options.pte}: its recipe cannot be read: {error}") from error
-    with progress.stage("load checkpoint twice, quantize one"):
+    with progress.stage("open checkpoint", counts=False):
         checkpoint = open_of(options)
-        float32, quantized = checkpoint.load_model(), checkpoint.load_model()
-        quantize(quantized, recipe)
+    other_engine = None
+    if options.engine == "llava_main":
+        picture = (options.image or demo.SAMPLE_IMAGE) if program.metadata.image is not None else None
+        other_engine = partial(tokens_of_llava_main, options.pte, picture, options.prompt, GREEDY_TOKENS)
     with progress.stage("compare"), torch.no_grad():
-        return check(program, checkpoint, float32, quantized, recipe, image, options.prompt, Thresholds(), progress.say)
+        return check(program, checkpoint, recipe, image, options.prompt, say=progress.say, other_engine=other_engine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from mvlm.export.contract import (
     TOKEN_EMBEDDING,
     TOKENIZER,
     VISION_ENCODER,
+    WEIGHTS_DIGEST,
     ImageProcessing,
     Metadata,
 )
@@ -94,7 +95,11 @@ def tiny_metadata(config: MobileVLMConfig, max_context_len: int) -> Metadata:
 
 def other_constants(tokenizer: bytes) -> dict[str, Any]:
     """Those that are no metadata."""
-    return {PROGRAM_ID: "sha256:0", TOKENIZER: torch.from_numpy(np.frombuffer(tokenizer, dtype=np.uint8).copy())}
+    return {
+        PROGRAM_ID: "sha256:0",
+        WEIGHTS_DIGEST: "sha256:0",
+        TOKENIZER: torch.from_numpy(np.frombuffer(tokenizer, dtype=np.uint8).copy()),
+    }
 
 
 def write_tiny_pte(path: Path, config: MobileVLMConfig, tokenizer: bytes, max_context_len: int) -> TinyPte:

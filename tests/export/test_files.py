@@ -154,7 +154,7 @@ def embedding_alone(captured) -> Lowered:
 @pytest.fixture
 def constants(metadata) -> dict[str, object]:
     """A tokenizer among them that makes the file larger than the disk."""
-    return constant_methods(metadata, bytes(2 * DISK_SIZE), "sha256:0")
+    return constant_methods(metadata, bytes(2 * DISK_SIZE), "sha256:0", "sha256:1")
 
 
 def test_metadata(small_checkpoint, small_recipe, metadata):
@@ -188,7 +188,7 @@ def test_metadata_round_trip(metadata):
 
 def test_tokenizer_travels_as_bytes(metadata):
     data = bytes(range(256))
-    tokenizer = constant_methods(metadata, data, "sha256:0")[TOKENIZER]
+    tokenizer = constant_methods(metadata, data, "sha256:0", "sha256:1")[TOKENIZER]
     assert tokenizer.dtype == torch.uint8
     assert bytes(tokenizer.tolist()) == data
 
