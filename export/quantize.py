@@ -90,7 +90,7 @@ class Scheme:
 
     @cached_property
     def config(self) -> Int8DynamicActivationIntxWeightConfig | IntxWeightOnlyConfig:
-        """torchao's configuration of it."""
+        """torchao's configuration of it; torchao does not know the search for scales."""
         dtype = {4: torch.int4, 8: torch.int8}[self.bits]
         granularity = PerGroup(self.group_size) if self.group_size else PerAxis(0)
         if self.is_embedding:
@@ -99,6 +99,7 @@ class Scheme:
             weight_dtype=dtype,
             weight_granularity=granularity,
             weight_scale_dtype=torch.bfloat16 if self.group_size else None,
+            intx_choose_qparams_algorithm="hqq_scale_only" if self.scales == "hqq" else "affine",
         )
 
 
