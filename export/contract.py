@@ -44,6 +44,10 @@ PROGRAM_ID = "mvlm_program_id"
 #: Constant method that holds a digest over the quantized linears, see :mod:`mvlm.export.stored_weights`.
 WEIGHTS_DIGEST = "mvlm_weights_digest"
 
+#: Constant method that a file has whose weights were smoothed before they were quantized, see
+#: :mod:`mvlm.export.smoothing`: int8 [layers, 2 D + K H + F].
+SMOOTHING = "mvlm_smoothing"
+
 #: Where the question goes in :attr:`Metadata.prompt_template` and :attr:`Metadata.next_turn_template`.
 PROMPT_PLACEHOLDER = "{prompt}"
 

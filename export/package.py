@@ -20,6 +20,7 @@ from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.contract import (
     PROGRAM_ID,
     PROMPT_PLACEHOLDER,
+    SMOOTHING,
     TOKENIZER,
     WEIGHTS_DIGEST,
     ImageProcessing,
@@ -28,6 +29,7 @@ from mvlm.export.contract import (
 from mvlm.export.files import atomic_write
 from mvlm.export.lower import EDGE_COMPILE_CONFIG, Lowered
 from mvlm.export.recipe import Recipe
+from mvlm.export.smoothing import Smoothing
 
 IMAGE_MARKER = "<image>"
 IMAGE_PREFIX = IMAGE_MARKER + "\n"
@@ -89,10 +91,18 @@ def program_id(lowered: Lowered, metadata: Metadata) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def constant_methods(metadata: Metadata, tokenizer: bytes, program_id: str, weights_digest: str) -> dict[str, Any]:
+def constant_methods(
+    metadata: Metadata,
+    tokenizer: bytes,
+    program_id: str,
+    weights_digest: str,
+    smoothing: Smoothing | None = None,
+) -> dict[str, Any]:
     """All constant methods of the .pte, the tokenizer among them."""
     tokenizer_tensor = torch.from_numpy(np.frombuffer(tokenizer, dtype=np.uint8).copy())
     others = {PROGRAM_ID: program_id, WEIGHTS_DIGEST: weights_digest, TOKENIZER: tokenizer_tensor}
+    if smoothing is not None:
+        others[SMOOTHING] = smoothing.exponents
     return metadata.to_constant_methods() | others
 
 

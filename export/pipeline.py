@@ -90,7 +90,7 @@ def export_checkpoint(
         calibration = calibration or CalibrationOptions(recipe.calibration)
         folder = work_folder(checkpoint, recipe, calibration, path)
         found = calibrate(checkpoint, recipe, calibration, folder, progress)
-        recipe = found.recipe
+        checkpoint, recipe = found.checkpoint, found.recipe
     metadata = describe(checkpoint, recipe)
     with Spool(path.absolute().parent) as spool:
         with progress.stage("read and quantize"):
@@ -108,7 +108,13 @@ def export_checkpoint(
         # Of the captured programs only what the lowered ones share is still needed.
         del methods, quantized
         with progress.stage("plan memory and write"):
-            constants = constant_methods(metadata, checkpoint.tokenizer, program_id(lowered, metadata), digest)
+            constants = constant_methods(
+                metadata,
+                checkpoint.tokenizer,
+                program_id(lowered, metadata),
+                digest,
+                found.smoothing if found else None,
+            )
             size = write_pte(lowered, constants, path)
     if folder is not None:
         folder.remove()

@@ -20,6 +20,7 @@ from mvlm.export.contract import (
     FORMAT,
     IMAGE_CONSTANT_METHODS,
     PROGRAM_ID,
+    SMOOTHING,
     TEXT_DECODER,
     TOKEN_EMBEDDING,
     TOKENIZER,
@@ -89,6 +90,7 @@ class PteProgram:
     Attributes:
         metadata: what the file says about itself; its ``image`` is None for a language model alone.
         tokenizer: the SentencePiece model in the file.
+        smoothing: exponents by which the exporter scaled weights, see :mod:`mvlm.export.smoothing`; None for none.
         weights_digest: over the quantized linears as the exporter made them, see :mod:`mvlm.export.stored_weights`.
 
     Raises:
@@ -134,6 +136,9 @@ class PteProgram:
             self._takes_bytes = meta.num_inputs() > 0 and meta.input_tensor_meta(0).dtype() == _BYTE
         self._load_operators()
         self.tokenizer = bytes(self._execute(program, TOKENIZER, [])[0].numpy())
+        self.smoothing: Tensor | None = None
+        if SMOOTHING in program.method_names:
+            self.smoothing = self._execute(program, SMOOTHING, [])[0].clone()
         self.weights_digest: str = self._execute(program, WEIGHTS_DIGEST, [])[0]
         self._programs: dict[str, Program] = {}
 

@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> list[Row]:
 
     from mvlm.export.preprocess import load_image
     from mvlm.export.recipe import Recipe
+    from mvlm.export.smoothing import Smoothing, smoothed
     from mvlm.runtime.fidelity import GREEDY_TOKENS, check
     from mvlm.runtime.program import PteError, PteProgram
 
@@ -96,6 +97,8 @@ def run(options: argparse.Namespace) -> list[Row]:
         raise PteError(f"{options.pte}: its recipe cannot be read: {error}") from error
     with progress.stage("open checkpoint", counts=False):
         checkpoint = open_of(options)
+        if program.smoothing is not None:
+            checkpoint = smoothed(checkpoint, Smoothing.read(program.smoothing, checkpoint.config.text))
     other_engine = None
     if options.engine == "llava_main":
         picture = (options.image or demo.SAMPLE_IMAGE) if program.metadata.image is not None else None

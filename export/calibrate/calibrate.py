@@ -46,6 +46,7 @@ from mvlm.export.progress import Progress, return_freed_memory
 from mvlm.export.quantize import Scheme, meta_model, quantize_weight, quantized_tensor, schemes_of
 from mvlm.export.recipe import Recipe
 from mvlm.export.scales import search_scales
+from mvlm.export.smoothing import STRENGTH, Smoothing, find_smoothing, smoothed
 from mvlm.export.streamed_model import FloatLanguageModel, read_sequences
 
 #: Share of the way to the weights that would undo what quantization has done to a linear's inputs. All of it fits what
@@ -89,16 +90,20 @@ class CalibrationResult:
     """What calibration found out; a :class:`mvlm.export.quantize.Calibration`.
 
     Attributes:
+        checkpoint: whose weights are to be quantized: the one that was given, smoothed by ``full``.
         recipe: by which the checkpoint is to be quantized: the one that was given, and in it which linears get 8 bits.
         schemes: of the linears.
         importances: second moments of inputs, by names of linears.
         folder: that holds the weights.
+        smoothing: of the checkpoint; None where it is as it was given.
     """
 
+    checkpoint: Checkpoint
     recipe: Recipe
     schemes: Mapping[str, Scheme]
     importances: Mapping[str, Tensor] = field(default_factory=dict)
     folder: WorkFolder | None = None
+    smoothing: Smoothing | None = None
 
     def weight(self, name: str) -> IntxUnpackedToInt8Tensor | None:
         stored = self.folder.load(name) if self.folder is not None else None
@@ -134,6 +139,7 @@ def work_folder(checkpoint: Checkpoint, recipe: Recipe, options: CalibrationOpti
         "seed": options.seed,
         "inputs": inputs,
         "correction": CORRECTION,
+        "smoothing": STRENGTH,
     }
     fingerprint = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
     return WorkFolder(pte.with_name(f"{pte.name}.calibration"), fingerprint)
@@ -175,7 +181,6 @@ class _Calibrator:
         self.progress = progress
         self.schemes = schemes_of(meta_model(checkpoint), recipe)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.generator = torch.Generator().manual_seed(options.seed)
         self._importances: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
 
@@ -193,13 +198,16 @@ class _Calibrator:
                 data = self._write(data, pictures)
         if self.options.mode == "quick":
             moments = {name: total / self._tokens[name] for name, total in self._importances.items()}
-            return CalibrationResult(self.recipe, self.schemes, moments)
+            return CalibrationResult(self.checkpoint, self.recipe, self.schemes, moments)
+        with self.progress.stage("calibrate: smooth"):
+            smoothing = self._smoothing(data, pictures)
+            self.checkpoint = smoothed(self.checkpoint, smoothing)
         if self.recipe.bits_budget > 0 and not self.recipe.eight_bit_linears:
             with self.progress.stage("calibrate: where bits matter"):
                 self._choose_bits(self._embedded(data, pictures, quantized_pictures))
         with self.progress.stage("calibrate: language model"):
             self._language_model(data, pictures, quantized_pictures)
-        return CalibrationResult(self.recipe, self.schemes, folder=self.folder)
+        return CalibrationResult(self.checkpoint, self.recipe, self.schemes, folder=self.folder, smoothing=smoothing)
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -213,7 +221,7 @@ class _Calibrator:
             )
         if options.text is not None:
             tokens = options.tokens or TEXT_TOKENS[options.mode]
-            texts = text_windows(options.text, checkpoint, tokens, self.generator).sequences
+            texts = text_windows(options.text, checkpoint, tokens, self._generator("text")).sequences
         else:
             length = WRITTEN_LENGTH[options.mode]
             count = -(-(options.tokens or WRITTEN_TOKENS[options.mode]) // length)
@@ -254,7 +262,7 @@ class _Calibrator:
                 for x_LD in read_sequences(model, whole):
                     model.logits(x_LD)
             prompts = [group for group in groups.values() if group]
-            written = continue_prompts(model, prompts, self.generator, self.progress) if prompts else []
+            written = continue_prompts(model, prompts, self._generator("written"), self.progress) if prompts else []
             continued = iter([torch.tensor(ids) for group in written for ids in group])
         # Texts come before pictures, among the sequences as among the groups.
         ids_of = [next(continued) if self._is_unanswered(sequence) else None for sequence in data.sequences]
@@ -339,6 +347,27 @@ class _Calibrator:
                     part.weight = nn.Parameter(_float32(weight).to(self.device), requires_grad=False)
         return module
 
+    def _smoothing(self, data: CalibrationData, pictures: Tensor | None) -> Smoothing:
+        """The scales that the inputs want which the float model's linears have for some of the sequences."""
+        stored = self.folder.load("smoothing")
+        if stored is None:
+            model = FloatLanguageModel(self.checkpoint, self.device, self._watch)
+            some: list[Tensor] = []
+            for index in torch.randperm(len(data.sequences), generator=self._generator("smoothing")).tolist():
+                sequence = self._embed(data.sequences[index], model.embedding, pictures)
+                if not some or sum(map(len, some)) + len(sequence) <= SENSITIVITY_TOKENS:
+                    some.append(sequence)
+            read_sequences(model, some)
+            found = find_smoothing(self._importances, self.checkpoint.config.text)
+            stored = {"exponents": found.exponents}
+            self.folder.save("smoothing", stored)
+        return Smoothing(stored["exponents"])
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """Draws for one purpose, which do not depend on whether others were drawn before or found in the folder."""
+        seed = hashlib.sha256(f"{self.options.seed} {purpose}".encode()).digest()[:6]
+        return torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+
     def _choose_bits(self, stream: Stream) -> None:
         """Finds out which linears get 8 bits, and changes recipe and schemes to that."""
         names = [
@@ -349,12 +378,13 @@ class _Calibrator:
             # Whole sequences, drawn from all of them.
             some: list[Tensor] = []
             parts = stream.float32.split(list(stream.lengths))
-            for index in torch.randperm(len(parts), generator=self.generator).tolist():
-                if sum(map(len, some)) + len(parts[index]) <= max(SENSITIVITY_TOKENS, len(parts[index])):
+            generator = self._generator("sensitivities")
+            for index in torch.randperm(len(parts), generator=generator).tolist():
+                if not some or sum(map(len, some)) + len(parts[index]) <= SENSITIVITY_TOKENS:
                     some.append(parts[index])
             part = Stream(torch.cat(some), torch.empty(0), [len(one) for one in some])
             rope = self._rope(max(part.lengths))
-            found = sensitivities(self.checkpoint, self.schemes, part, rope, self.generator, self.progress)
+            found = sensitivities(self.checkpoint, self.schemes, part, rope, generator, self.progress)
             stored = {"nats": torch.tensor([found[name] for name in names])}
             self.folder.save("sensitivities", stored)
         shapes = {

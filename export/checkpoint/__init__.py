@@ -18,7 +18,7 @@ Knows nothing of quantization or export.
 
 from __future__ import annotations
 
-from mvlm.export.checkpoint.checkpoint import Checkpoint, parameter_shapes
+from mvlm.export.checkpoint.checkpoint import Checkpoint, WeightSource, parameter_shapes
 from mvlm.export.checkpoint.configs import ImagePreprocessing
 from mvlm.export.checkpoint.layouts import (
     LAYOUTS,
@@ -41,6 +41,7 @@ __all__ = [
     "Checkpoint",
     "ImagePreprocessing",
     "NamedModel",
+    "WeightSource",
     "open_checkpoint",
     "parameter_shapes",
     "random_checkpoint",

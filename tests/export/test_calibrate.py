@@ -28,13 +28,25 @@ from mvlm.export.calibrate.branches import (
 from mvlm.export.calibrate.data import WINDOW, picture_questions, text_windows
 from mvlm.export.calibrate.sample import Prompt, continue_prompts
 from mvlm.export.calibrate.sensitivity import sensitivities, widen
-from mvlm.export.checkpoint import Checkpoint, open_checkpoint
+from mvlm.export.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
 from mvlm.export.errors import ExportError
 from mvlm.export.models import MobileVLM, rope_tables
 from mvlm.export.progress import Progress
 from mvlm.export.quantize import Scheme, meta_model, quantize, quantize_weight, schemes_of
 from mvlm.export.recipe import Recipe
+from mvlm.export.smoothing import Smoothing, find_smoothing, smoothed
 from mvlm.export.streamed_model import FloatLanguageModel, read_sequences
+
+#: Of which two query heads share a key-value head.
+SMALL_LLAMA = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 1024,
+}
 
 QUIET = Progress(quiet=True)
 CPU = torch.device("cpu")
@@ -304,7 +316,7 @@ def weights_of(result) -> dict[str, tuple[Tensor, Tensor]]:
 
 def logits_error(checkpoint: Checkpoint, float32: MobileVLM, recipe: Recipe, result, text: Path) -> float:
     """Mean KL of a quantized model to the float one on text that was not calibrated on."""
-    model = checkpoint.load_model()
+    model = (result.checkpoint if result else checkpoint).load_model()
     quantize(model, recipe, result)
     windows = text_windows(text, checkpoint, 2048, torch.Generator().manual_seed(9)).sequences
     total = 0.0
@@ -362,7 +374,7 @@ def test_goes_on_where_it_was_interrupted(checkpoint, tmp_path):
     for name in whole:
         assert all(torch.equal(a, b) for a, b in zip(whole[name], parts[name], strict=True)), name
     # Two of four layers were left.
-    assert list(progress.counts.values()) == [0, 0, 0, 2]
+    assert list(progress.counts.values()) == [0, 0, 0, 0, 2]
 
 
 def test_seeds_tell_runs_apart(checkpoint, tmp_path):
@@ -435,6 +447,49 @@ def test_weights_that_are_not_finite_are_an_error(checkpoint, tmp_path, monkeypa
             work_folder(checkpoint, Recipe(calibration="full"), options_for(tmp_path), tmp_path / "x.pte"),
             QUIET,
         )
+
+
+# ---- smoothing ------------------------------------------------------------------------------------------------------
+
+
+def test_a_smoothed_model_is_the_same_model(checkpoint, float32):
+    """Bit for bit, whatever the scales are; with heads that share keys and values, too."""
+    generator = torch.Generator().manual_seed(0)
+    shared = random_checkpoint("mobilellama-1.4b", **SMALL_LLAMA)
+    for one in (checkpoint, shared):
+        config = one.config.text
+        width = 2 * config.hidden_size + config.num_key_value_heads * config.head_dim + config.intermediate_size
+        exponents = torch.randint(-3, 4, (config.num_hidden_layers, width), generator=generator).to(torch.int8)
+        other = smoothed(one, Smoothing.read(exponents, config))
+        model, changed = one.load_model().language_model, other.load_model().language_model
+        x = torch.randn(1, 24, config.hidden_size, generator=generator)
+        assert torch.equal(model(x), changed(x))
+        for a, b in zip(model.layers, changed.layers, strict=True):
+            for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+                assert not torch.equal(a.get_submodule(name).weight, b.get_submodule(name).weight)
+        assert other.checkpoint_id == one.checkpoint_id
+
+
+def test_smoothing_makes_large_inputs_smaller(checkpoint):
+    """Of each linear; the powers that the smoothed model's inputs have are closer to each other."""
+    config = checkpoint.config.text
+
+    def powers(one: Checkpoint) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        model = FloatLanguageModel(one, CPU, lambda name, x: found.update({name: x.square().mean(0)}))
+        read_sequences(model, inputs_of(one, (200,)))
+        return found
+
+    before = powers(checkpoint)
+    after = powers(smoothed(checkpoint, find_smoothing(before, config)))
+    for name in before:
+        if "layers" in name:
+            assert after[name].clamp_min(1e-9).log().std() < before[name].clamp_min(1e-9).log().std(), name
+
+
+def test_smoothing_of_another_model_is_refused(checkpoint):
+    with pytest.raises(ExportError, match="made of another checkpoint"):
+        Smoothing.read(torch.zeros(4, 7, dtype=torch.int8), checkpoint.config.text)
 
 
 # ---- bits where they matter -----------------------------------------------------------------------------------------
