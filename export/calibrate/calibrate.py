@@ -42,6 +42,7 @@ from mvlm.export.calibrate.work_folder import WorkFolder
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.errors import ExportError
 from mvlm.export.models import rope_tables
+from mvlm.export.models.mobilellama import DecoderLayer
 from mvlm.export.progress import Progress, return_freed_memory
 from mvlm.export.quantize import Scheme, meta_model, quantize_weight, quantized_tensor, schemes_of
 from mvlm.export.recipe import Recipe
@@ -54,9 +55,13 @@ from mvlm.export.streamed_model import FloatLanguageModel, read_sequences
 #: some ten thousand tokens.
 CORRECTION = 0.5
 
-#: Tokens of text that ``full`` and ``quick`` use where a file is given, and that the model writes where none is.
-TEXT_TOKENS = {"full": 24576, "quick": 4096}
-WRITTEN_TOKENS = {"full": 16384, "quick": 4096}
+#: Tokens of text that ``full`` and ``quick`` use where a file is given, and that the model writes where none is, for
+#: models of a billion parameters and more. More tokens are better; these are what half an hour on two cores allows.
+TEXT_TOKENS = {"full": 16384, "quick": 4096}
+WRITTEN_TOKENS = {"full": 8192, "quick": 4096}
+
+#: For smaller models ``full`` uses more tokens, in proportion: times as many at the most.
+MOST_TIMES_AS_MANY = 4
 
 #: Tokens of each text that the model writes, and of an answer about a picture. The more texts there are, the fewer
 #: steps it takes, of which each reads all weights.
@@ -220,16 +225,26 @@ class _Calibrator:
                 "pictures; leave it out"
             )
         if options.text is not None:
-            tokens = options.tokens or TEXT_TOKENS[options.mode]
+            tokens = options.tokens or self._default_tokens(TEXT_TOKENS)
             texts = text_windows(options.text, checkpoint, tokens, self._generator("text")).sequences
         else:
             length = WRITTEN_LENGTH[options.mode]
-            count = -(-(options.tokens or WRITTEN_TOKENS[options.mode]) // length)
+            count = -(-(options.tokens or self._default_tokens(WRITTEN_TOKENS)) // length)
             texts = (CalibrationSequence(((checkpoint.bos_id,),)),) * count
         if checkpoint.config.vision is None:
             return CalibrationData(texts)
         pictures = picture_questions(options.images or BUNDLED_PICTURES, checkpoint)
         return CalibrationData((*texts, *pictures.sequences), pictures.pixels)
+
+    def _default_tokens(self, of_large_models: Mapping[str, int]) -> int:
+        """As many tokens as take about as long as those of a model of a billion parameters."""
+        tokens = of_large_models[self.options.mode]
+        if self.options.mode == "quick":
+            return tokens
+        text = self.checkpoint.config.text
+        with torch.device("meta"):
+            size = text.num_hidden_layers * sum(p.numel() for p in DecoderLayer(text).parameters())
+        return tokens * max(1, min(MOST_TIMES_AS_MANY, round(1e9 / size)))
 
     def _is_unanswered(self, sequence: CalibrationSequence) -> bool:
         if not sequence.pictures:
