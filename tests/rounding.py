@@ -13,7 +13,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mvlm.export.checkpoint import Checkpoint
+from mvlm.export.models import MobileVLM
+from mvlm.export.quantize import meta_model
+from mvlm.runtime.fidelity import snr_db
 
 #: Logits [V] after embeddings [1, n, D] at a position and all that was read before.
 TextDecoder = Callable[[Tensor, int], Tensor]
@@ -39,7 +44,7 @@ def root_mean_square(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def nudged(x: Tensor, seed: int) -> Tensor:
+def nudged(x: Tensor, seed: int = 0) -> Tensor:
     """Every float32 value moved by its last bit, up or down at random."""
     up = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.bool)
     return torch.nextafter(x, torch.where(up, math.inf, -math.inf))
@@ -68,3 +73,42 @@ def least_lead(logits: Tensor) -> float:
     """The least by which the likeliest token leads the next one, of logits [..., V]."""
     first, second = logits.topk(2).values.unbind(-1)
     return float((first - second).min())
+
+
+#: Between two computations whose roundings have nothing in common is the sum of both their noises, in dB; and by what
+#: the power of one may differ from the other's.
+TWO_ROUNDINGS = 3.0 + 0.5
+
+#: MARGIN times as large last bits are 20 dB before the first rounding, and half of that behind it: a noise of e before
+#: a rounding of step s moves a share of e / s of the values by s, so its power becomes e * s.
+LAST_BITS = 10.0
+
+
+def unrounded(model: MobileVLM, checkpoint: Checkpoint) -> MobileVLM:
+    """What a quantized model would compute if activations were not rounded: the same weights, dequantized."""
+    smooth = meta_model(checkpoint)
+    for name, parameter in model.named_parameters():
+        module_name, _, part = name.rpartition(".")
+        values = parameter.dequantize() if hasattr(parameter, "qdata") else parameter
+        setattr(smooth.get_submodule(module_name), part, nn.Parameter(values, requires_grad=False))
+    return smooth
+
+
+def two_roundings(smooth: Tensor, expected: Tensor) -> float:
+    """The SNR in dB that any right program reaches against ``expected``, of quantized eager, however it rounds.
+
+    Args:
+        smooth: the same without rounding of activations.
+        expected: with it.
+    """
+    return snr_db(smooth, expected) - TWO_ROUNDINGS
+
+
+def last_bits(expected: Tensor, again: Tensor) -> float:
+    """The SNR in dB that a right program reaches whose values differ in their last bits, where there are many of them.
+
+    Args:
+        expected: of quantized eager.
+        again: the same from :func:`nudged` inputs.
+    """
+    return snr_db(expected, again) - LAST_BITS
