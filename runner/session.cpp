@@ -11,6 +11,7 @@
 #include "runner/stopwatch.h"
 #include "runner/str_cat.h"
 #include "runner/threads.h"
+#include "runner/utf8.h"
 #include "runner/weight_cache.h"
 
 namespace mvlm {
@@ -313,6 +314,11 @@ Result<TokenizedPrompt> Session::AskToScore(const Question& question, int64_t nu
 }
 
 Result<std::vector<int64_t>> Session::Tokenize(std::string_view text) const {
+  const size_t valid = ValidUtf8PrefixLength(text);
+  if (valid != text.size()) {
+    return InvalidInput(StrCat("the text is not valid UTF-8: byte ", valid,
+                               " begins no character; give the text in UTF-8"));
+  }
   return tokenizer_->Encode(text);
 }
 

@@ -93,7 +93,7 @@ class Session {
   // text and pictures is what comes before it alone: BOS, or the rest of the answer before.
   Result<TokenizedPrompt> AskToScore(const Question& question, int64_t num_ids) const;
 
-  // Token ids of a text, without BOS.
+  // Token ids of a text, without BOS. InvalidInput if it is not UTF-8.
   Result<std::vector<int64_t>> Tokenize(std::string_view text) const;
 
   // Embeddings of a picture, [image_tokens, hidden], and in `stats` what that took. Only after
