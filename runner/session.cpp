@@ -306,9 +306,9 @@ Result<TokenizedPrompt> Session::AskToScore(const Question& question, int64_t nu
   }
   Result<TokenizedPrompt> prompt = TokenizePieces(asked, pieces);
   if (prompt.ok() && prompt->positions() + num_ids > seq_len() - position_) {
-    return InvalidInput(StrCat("the prompt takes ", prompt->positions(), " positions and what is to "
-                               "be scored ", num_ids, ", but of ", seq_len(), " only ",
-                               seq_len() - position_, " are left"));
+    return InvalidInput(StrCat("the prompt takes ", prompt->positions(),
+                               " positions and what is to be scored ", num_ids, ", but of ",
+                               seq_len(), " only ", seq_len() - position_, " are left"));
   }
   return prompt;
 }
@@ -364,8 +364,7 @@ Result<Generation> Session::Generate(const Turn& turn,
   return generation;
 }
 
-Status Session::Score(const TokenizedPrompt& prompt,
-                      const std::vector<std::vector<float>>& images,
+Status Session::Score(const TokenizedPrompt& prompt, const std::vector<std::vector<float>>& images,
                       std::vector<float>* prompt_logits, const std::vector<int64_t>& ids,
                       const LogitsCallback& on_logits, const std::atomic<bool>& interrupted) {
   if (Status status = LoadText(); !status.ok()) {

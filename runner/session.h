@@ -111,8 +111,8 @@ class Session {
                               const std::function<bool(std::string_view)>& on_text,
                               const std::atomic<bool>& interrupted);
 
-  // Runs over a prompt of AskToScore() and then over `ids`, and calls `on_logits` (see scorer.h) for
-  // 0, 1, ... ids.size() of them. The conversation is afterwards as it was before.
+  // Runs over a prompt of AskToScore() and then over `ids`, and calls `on_logits` (see scorer.h)
+  // for 0, 1, ... ids.size() of them. The conversation is afterwards as it was before.
   //
   // `prompt_logits`: what it gave after the prompt, to be given back for the same prompt unless
   // Generate(), Reset() or Score() of another prompt was called since; it is then not read again.
