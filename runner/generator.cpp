@@ -163,7 +163,8 @@ Result<Generation> Generate(Model& model, const Tokenizer& tokenizer, Sampler& s
     if (!logits.ok()) {
       return logits.error();
     }
-    const Result<int64_t> token = sampler.Sample(logits->last(), static_cast<size_t>(logits->vocab_size));
+    const Result<int64_t> token =
+        sampler.Sample(logits->last(), static_cast<size_t>(logits->vocab_size));
     if (!token.ok()) {
       return token.error();
     }

@@ -151,8 +151,7 @@ Result<Constants> ReadConstants(const std::shared_ptr<Program>& program,
     }
     if (!HasOutputs(*program, name)) {
       return InvalidInput(StrCat("cannot read constant method ", name, " of ", path,
-                                 ": it has outputs that are not in the file; it is damaged: ",
-                                 "export it again"));
+                                 ": it is damaged, its outputs are missing; export it again"));
     }
     const auto outputs = module.execute(name);
     if (!outputs.ok()) {

@@ -71,8 +71,8 @@ struct PackedWeightsUse {
 // Logits of the last positions of a call, a row each. They lie in the model's memory and hold until
 // its next call.
 struct Logits {
-  const float* data;   // [rows, vocab_size]
-  int64_t rows;        // 1 or more
+  const float* data;  // [rows, vocab_size]
+  int64_t rows;       // 1 or more
   int64_t vocab_size;
 
   const float* row(int64_t i) const { return data + i * vocab_size; }

@@ -11,6 +11,7 @@
 #include "runner/stopwatch.h"
 #include "runner/str_cat.h"
 #include "runner/threads.h"
+#include "runner/utf8.h"
 #include "runner/weight_cache.h"
 
 namespace mvlm {
@@ -305,14 +306,19 @@ Result<TokenizedPrompt> Session::AskToScore(const Question& question, int64_t nu
   }
   Result<TokenizedPrompt> prompt = TokenizePieces(asked, pieces);
   if (prompt.ok() && prompt->positions() + num_ids > seq_len() - position_) {
-    return InvalidInput(StrCat("the prompt takes ", prompt->positions(), " positions and what is to "
-                               "be scored ", num_ids, ", but of ", seq_len(), " only ",
-                               seq_len() - position_, " are left"));
+    return InvalidInput(StrCat("the prompt takes ", prompt->positions(),
+                               " positions and what is to be scored ", num_ids, ", but of ",
+                               seq_len(), " only ", seq_len() - position_, " are left"));
   }
   return prompt;
 }
 
 Result<std::vector<int64_t>> Session::Tokenize(std::string_view text) const {
+  const size_t valid = ValidUtf8PrefixLength(text);
+  if (valid != text.size()) {
+    return InvalidInput(StrCat("the text is not valid UTF-8: byte ", valid,
+                               " begins no character; give the text in UTF-8"));
+  }
   return tokenizer_->Encode(text);
 }
 
@@ -358,8 +364,7 @@ Result<Generation> Session::Generate(const Turn& turn,
   return generation;
 }
 
-Status Session::Score(const TokenizedPrompt& prompt,
-                      const std::vector<std::vector<float>>& images,
+Status Session::Score(const TokenizedPrompt& prompt, const std::vector<std::vector<float>>& images,
                       std::vector<float>* prompt_logits, const std::vector<int64_t>& ids,
                       const LogitsCallback& on_logits, const std::atomic<bool>& interrupted) {
   if (Status status = LoadText(); !status.ok()) {

@@ -93,7 +93,7 @@ class Session {
   // text and pictures is what comes before it alone: BOS, or the rest of the answer before.
   Result<TokenizedPrompt> AskToScore(const Question& question, int64_t num_ids) const;
 
-  // Token ids of a text, without BOS.
+  // Token ids of a text, without BOS. InvalidInput if it is not UTF-8.
   Result<std::vector<int64_t>> Tokenize(std::string_view text) const;
 
   // Embeddings of a picture, [image_tokens, hidden], and in `stats` what that took. Only after
@@ -111,8 +111,8 @@ class Session {
                               const std::function<bool(std::string_view)>& on_text,
                               const std::atomic<bool>& interrupted);
 
-  // Runs over a prompt of AskToScore() and then over `ids`, and calls `on_logits` (see scorer.h) for
-  // 0, 1, ... ids.size() of them. The conversation is afterwards as it was before.
+  // Runs over a prompt of AskToScore() and then over `ids`, and calls `on_logits` (see scorer.h)
+  // for 0, 1, ... ids.size() of them. The conversation is afterwards as it was before.
   //
   // `prompt_logits`: what it gave after the prompt, to be given back for the same prompt unless
   // Generate(), Reset() or Score() of another prompt was called since; it is then not read again.

@@ -44,7 +44,7 @@ TEST(Stats, JsonHasWhatWasMeasured) {
   EXPECT_EQ(json["peak_rss_bytes"], 300);
   EXPECT_EQ(json["peak_anonymous_bytes"], 200);
   EXPECT_EQ(json["threads"], 2);
-  EXPECT_EQ(json["versions"]["contract"], 3);
+  EXPECT_EQ(json["versions"]["contract"], 4);
   EXPECT_EQ(json["versions"]["mvlm"], MvlmVersion());
   EXPECT_FALSE(MvlmVersion().empty());
   EXPECT_FALSE(ExecuTorchVersion().empty());
