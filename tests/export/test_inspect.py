@@ -450,7 +450,7 @@ def test_mvlm_file(pte_of):
     assert (ids.name, ids.dtype, ids.shape) == ("ids", "int64", (1, 3))
     text = to_text(facts)
     assert f"made by mvlm 0.9, format {FORMAT_VERSION}\n" in text
-    assert "group_size 128" in text
+    assert "group_size 32" in text
     assert "unknown, 200 bytes" in text
     assert "mvlm_recipe" not in text, "it is told above"
 

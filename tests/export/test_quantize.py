@@ -41,6 +41,10 @@ SIZES = Sizes(
     head_dim=64,
     num_hidden_layers=2,
 )
+#: All linears of the language model, lm_head too, in groups of 128 where their width allows it.
+FOUR_BITS = Recipe(group_size=128, lm_head_bits=4)
+#: One linear of one layer is an exception.
+EIGHT_BIT_DOWN = Recipe(eight_bit_linears=("language_model.layers.0.mlp.down_proj",))
 LANGUAGE_LINEARS = 2 * 4 + 1
 VISION_LINEARS = 1 + 4 + 2 + 2 * 3  # patches; one block; LDP: two linears, then fc1, fc2 and pointwise of two residuals
 
@@ -65,7 +69,7 @@ def float32(checkpoint) -> MobileVLM:
 @pytest.fixture(scope="module")
 def quantized(float32) -> tuple[MobileVLM, dict[str, LayerQuantization]]:
     model = copy.deepcopy(float32)
-    return model, {layer.name: layer for layer in quantize(model, Recipe())}
+    return model, {layer.name: layer for layer in quantize(model, FOUR_BITS)}
 
 
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
@@ -128,7 +132,7 @@ def test_language_linears_have_4_bits(quantized):
         assert weight.scale.shape == (linear.out_features, linear.in_features // group_size)
         assert not weight.zero_point.any()
         assert weight.activation_quantization == "int8_asym_per_token"
-        assert report[f"language_model.{name}"].scheme == f"int4, groups of {group_size}, hqq"
+        assert report[f"language_model.{name}"].scheme == f"int4, groups of {group_size}, search"
 
 
 def test_scales_are_what_xnnpack_stores(quantized):
@@ -221,13 +225,13 @@ def test_all_else_stays_float32(quantized):
 
 
 def test_smaller_groups(float32):
-    assert smaller_groups(schemes_of(float32, Recipe()), Recipe()) == {
+    assert smaller_groups(schemes_of(float32, FOUR_BITS), FOUR_BITS) == {
         32: ["mlp.down_proj"],
         64: ["squeeze_excite.fc2"],
     }
-    recipe = Recipe(group_size=32)
+    recipe = Recipe(group_size=32, lm_head_bits=4)
     assert smaller_groups(schemes_of(float32, recipe), recipe) == {}
-    recipe = Recipe(group_size=64, embedding_bits=4)
+    recipe = Recipe(group_size=64, lm_head_bits=4, embedding_bits=4)
     assert smaller_groups(schemes_of(float32, recipe), recipe) == {32: ["mlp.down_proj"]}, "not the embedding"
 
 
@@ -257,19 +261,14 @@ def test_how_close_it_stays(float32, quantized):
     assert snr_db(before(embeddings), after(embeddings)) >= 10
 
 
-def test_hqq_lowers_the_weight_error(float32, quantized):
-    model = copy.deepcopy(float32)
-    quantize(model, Recipe(scales="affine"))
-
-    def error(quantized_model: MobileVLM) -> float:
-        pairs = zip(
-            linears(float32.language_model).values(),
-            linears(quantized_model.language_model).values(),
-            strict=True,
-        )
+def test_better_scales_lower_the_weight_error(float32):
+    def error(scales: str) -> float:
+        model = copy.deepcopy(float32)
+        quantize(model, replace(FOUR_BITS, scales=scales))
+        pairs = zip(linears(float32.language_model).values(), linears(model.language_model).values(), strict=True)
         return sum((a.weight - b.weight.dequantize()).square().sum().item() for a, b in pairs)
 
-    assert error(quantized[0]) < error(model)
+    assert error("search") < error("hqq") < error("affine")
 
 
 # -- against torchao --------------------------------------------------------------------------------------------------
@@ -330,17 +329,29 @@ def test_hqq_stops_where_nothing_changes():
 @pytest.mark.parametrize(
     ("recipe", "name", "scheme"),
     [
-        (Recipe(group_size=32), "language_model.layers.0.mlp.gate_up_proj", "int4, groups of 32, hqq"),
-        (Recipe(scales="affine"), "language_model.layers.0.mlp.gate_up_proj", "int4, groups of 128, affine"),
-        (Recipe(group_size=256), "language_model.layers.0.mlp.down_proj", "int4, groups of 32, hqq"),
-        (Recipe(), "language_model.lm_head", "int4, groups of 128, hqq"),
+        (
+            Recipe(group_size=32, lm_head_bits=4),
+            "language_model.layers.0.mlp.gate_up_proj",
+            "int4, groups of 32, search",
+        ),
+        (
+            Recipe(group_size=128, lm_head_bits=4, scales="affine"),
+            "language_model.layers.0.mlp.gate_up_proj",
+            "int4, groups of 128, affine",
+        ),
+        (Recipe(group_size=256, lm_head_bits=4), "language_model.layers.0.mlp.down_proj", "int4, groups of 32, search"),
+        (FOUR_BITS, "language_model.lm_head", "int4, groups of 128, search"),
         (Recipe(lm_head_bits=8), "language_model.lm_head", "int8, one scale per output channel"),
-        (Recipe(), "language_model.embed_tokens", "int8, one scale per row"),
+        (FOUR_BITS, "language_model.embed_tokens", "int8, one scale per row"),
         (Recipe(embedding_bits=4), "language_model.embed_tokens", "int4, groups of 32, affine"),
         (Recipe(embedding_bits=32), "language_model.embed_tokens", "float32"),
-        (Recipe(), "vision_tower.encoder.layers.0.mlp.fc1", "int8, one scale per output channel"),
-        (Recipe(vision="int4"), "vision_tower.encoder.layers.0.mlp.fc1", "int4, groups of 128, hqq"),
-        (Recipe(vision="int4"), "mm_projector.mlp.0", "int4, groups of 128, hqq"),
+        (FOUR_BITS, "vision_tower.encoder.layers.0.mlp.fc1", "int8, one scale per output channel"),
+        (
+            Recipe(group_size=128, lm_head_bits=4, vision="int4"),
+            "vision_tower.encoder.layers.0.mlp.fc1",
+            "int4, groups of 128, search",
+        ),
+        (Recipe(group_size=128, lm_head_bits=4, vision="int4"), "mm_projector.mlp.0", "int4, groups of 128, search"),
         (Recipe(vision="fp32"), "mm_projector.mlp.0", "float32"),
     ],
 )
@@ -358,7 +369,7 @@ def test_float32_is_left_alone():
 # -- tensor by tensor -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(vision="fp32", lm_head_bits=8, embedding_bits=32)])
+@pytest.mark.parametrize("recipe", [FOUR_BITS, EIGHT_BIT_DOWN, Recipe(vision="fp32", embedding_bits=32)])
 def test_tensor_by_tensor_is_the_same(recipe, checkpoint, float32, tmp_path):
     """What is exported is what the quantized eager model computes with, byte for byte."""
     model = copy.deepcopy(float32)
