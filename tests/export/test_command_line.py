@@ -15,6 +15,7 @@ from random_checkpoint import RandomCheckpoint, Sizes
 
 from mvlm.export import demo, pipeline, preflight
 from mvlm.export.__main__ import main, parse_arguments, recipe_of
+from mvlm.export.calibrate import CalibrationOptions
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.contract import ImageProcessing, Metadata
 from mvlm.export.errors import ExportError
@@ -37,6 +38,12 @@ FLAGS = (
     "--embedding-bits",
     "--vision",
     "--max-context-len",
+    "--calibrate",
+    "--calibration-text",
+    "--calibration-images",
+    "--calibration-tokens",
+    "--calibration-seed",
+    "--bits-budget",
     "--attention-op",
     "--with-artifacts",
     "--report",
@@ -73,9 +80,18 @@ def exports(monkeypatch) -> list[tuple[str, Path, Recipe, Path | None, bool]]:
     asked = []
 
     def export_checkpoint(
-        checkpoint: Checkpoint, path: Path, recipe: Recipe, progress: Progress, report_path: Path | None, force: bool
+        checkpoint: Checkpoint,
+        path: Path,
+        recipe: Recipe,
+        progress: Progress,
+        report_path: Path | None,
+        force: bool,
+        calibration: CalibrationOptions | None,
     ) -> Exported:
+        assert (calibration is None) == (recipe.calibration == "none")
         asked.append((checkpoint.name, path, recipe, report_path, force))
+        if calibration is not None:
+            asked.append(calibration)
         return Exported(path, 1234567, METADATA, b"tokenizer", QuantizationReport(checkpoint.name, recipe, ()))
 
     monkeypatch.setattr(pipeline, "export_checkpoint", export_checkpoint)
@@ -118,7 +134,7 @@ def test_help(capsys):
     for field in ("group_size", "scales", "lm_head_bits", "embedding_bits", "vision"):
         assert f"(mobile: {getattr(Recipe(), field)})" in words
     examples = out[out.index("examples:") : out.index("then:")]
-    assert len(re.findall("^  python -m mvlm.export ", examples, re.MULTILINE)) == 7
+    assert len(re.findall("^  python -m mvlm.export ", examples, re.MULTILINE)) == 8
     assert "llava_main --model_path" in out
 
 
@@ -160,17 +176,21 @@ def test_version(capsys):
         ("--group-size 32", Recipe(group_size=32)),
         ("--scales affine --max-context-len 100", Recipe(scales="affine", max_context_len=100)),
         ("--recipe mobile --group-size 64", Recipe(group_size=64)),
-        ("--recipe small", Recipe("small", embedding_bits=4, vision="int4")),
-        ("--recipe small --vision fp32", Recipe("small", embedding_bits=4, vision="fp32")),
-        ("--recipe accurate --lm-head-bits 4", Recipe("accurate", group_size=32, kv_cache="fp16")),
+        ("--recipe small", Recipe("small", 128, lm_head_bits=4, embedding_bits=4, vision="int4")),
+        ("--recipe small --vision fp32", Recipe("small", 128, lm_head_bits=4, embedding_bits=4, vision="fp32")),
+        ("--recipe accurate --lm-head-bits 4", Recipe("accurate", lm_head_bits=4, kv_cache="fp16", bits_budget=0.2)),
         ("--kv-cache fp32 --prefill-chunk 64", Recipe(kv_cache="fp32", prefill_chunk=64)),
         ("--embedding-bits 32", Recipe(embedding_bits=32)),
+        ("--calibrate", Recipe(calibration="full")),
+        ("--calibrate quick --group-size 64", Recipe(calibration="quick", group_size=64)),
+        ("--calibrate --bits-budget +5%", Recipe(calibration="full", bits_budget=0.05)),
+        ("--calibrate full --bits-budget 7.5%", Recipe(calibration="full", bits_budget=0.075)),
         ("--attention-op mvlm", Recipe()),
         ("--attention-op llama", Recipe(kv_cache="fp32", attention_op="llama")),
         ("--attention-op llama --kv-cache fp32", Recipe(kv_cache="fp32", attention_op="llama")),
         (
             "--attention-op llama --recipe accurate",
-            Recipe("accurate", group_size=32, lm_head_bits=8, kv_cache="fp32", attention_op="llama"),
+            Recipe("accurate", kv_cache="fp32", attention_op="llama", bits_budget=0.2),
         ),
     ],
 )
@@ -183,12 +203,14 @@ def test_recipe_of_flags(flags, recipe):
     [
         ("", "the following arguments are required: --pte-name"),
         ("--model m", "the following arguments are required: --pte-name"),
-        ("--pte-name x.pte --bits 3", "unrecognized arguments: --bits 3"),
+        ("--pte-name x.pte --bit-width 3", "unrecognized arguments: --bit-width 3"),
         ("--pte-name x.pte stray", "unrecognized arguments: stray"),
         ("--pte-name x.pte --group-size many", "--group-size: invalid int value: 'many'"),
         ("--pte-name x.pte --max-context-len 1e3", "--max-context-len: invalid int value: '1e3'"),
         ("--pte-name x.pte --model", "--model: expected one argument"),
         ("--pte-name x.pte --seed x", "--seed: invalid int value: 'x'"),
+        ("--pte-name x.pte --bits-budget 5", "--bits-budget: '5' is no share; give per cent, +5% for example"),
+        ("--pte-name x.pte --calibration-tokens many", "--calibration-tokens: invalid int value: 'many'"),
         ("--pte-name x.pte --model m --random-weights r", "--random-weights: not allowed with argument --model"),
     ],
 )
@@ -202,12 +224,13 @@ def test_wrong_flags(arguments, message, capsys, exports):
     [
         ("--recipe", "desktop", "accurate, mobile, small"),
         ("--group-size", "48", "32, 64, 128, 256"),
-        ("--scales", "best", "affine, hqq"),
+        ("--scales", "best", "affine, hqq, search"),
         ("--lm-head-bits", "5", "4, 8"),
         ("--embedding-bits", "16", "4, 8, 32"),
         ("--vision", "fp16", "int4, int8, fp32"),
         ("--kv-cache", "int4", "fp32, fp16, int8"),
         ("--attention-op", "ours", "mvlm, llama"),
+        ("--calibrate", "no", "none, quick, full"),
     ],
 )
 def test_values_that_are_no_choice(flag, given, allowed, capsys, exports):
@@ -226,6 +249,14 @@ def test_values_that_are_no_choice(flag, given, allowed, capsys, exports):
         ("--attention-op llama --kv-cache int8", "KV cache int8 is not possible with attention operator llama"),
         ("--vision-tower t", "--vision-tower goes with --model; the bundled demo checkpoint has its own"),
         ("--random-weights mobilevlm-3b --seed -1", "seed -1: a whole number from 0 to"),
+        ("--calibration-text t.txt", "--calibration-text t.txt goes with --calibrate, which is not given"),
+        ("--calibration-images d", "--calibration-images d goes with --calibrate"),
+        ("--calibration-seed 3", "--calibration-seed 3 goes with --calibrate"),
+        ("--calibrate --calibration-tokens 10", "--calibration-tokens 10 are too few to calibrate on: 1024 or more"),
+        ("--bits-budget +5%", "--bits-budget +5% goes with --calibrate"),
+        ("--calibrate quick --bits-budget +5%", "--bits-budget +5% goes with --calibrate"),
+        ("--calibrate --bits-budget +101%", "bits budget +101% is not possible: +0% to +100%"),
+        ("--calibrate --scales hqq", "scales hqq are not possible with calibration"),
         ("--report report.txt", "report.txt: a report is written as JSON"),
         ("--report no/such.json", "no/such.json: there is no folder no; make it first"),
     ],
@@ -366,6 +397,18 @@ def test_what_is_asked_for_is_handed_on(capsys, exports, tmp_path):
     assert captured.out + captured.err == ""
 
 
+def test_calibration_is_handed_on(capsys, exports, tmp_path):
+    flags = ["--calibration-text", "t.txt", "--calibration-images", "d", "--calibration-tokens", "2000"]
+    assert main(["--pte-name", str(tmp_path / "x.pte"), "--calibrate", *flags, "--calibration-seed", "7"]) == 0
+    assert exports[1] == CalibrationOptions("full", Path("t.txt"), Path("d"), 2000, 7)
+    assert "not calibrated" not in capsys.readouterr().err
+
+
+def test_what_calibration_would_bring_is_said(capsys, exports, tmp_path):
+    assert main(["--pte-name", str(tmp_path / "x.pte")]) == 0
+    assert "not calibrated: --calibrate would bring answers closer" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_artifacts(capsys, exports, tmp_path, sample_image):
     assert main(["--pte-name", str(tmp_path / "x.pte"), "--with-artifacts"]) == 0
     names = {"tokenizer.model", "x.json", sample_image.name}
@@ -391,6 +434,30 @@ def test_exit_codes(exception, code, message, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "export_checkpoint", export_checkpoint)
     assert main(["--pte-name", str(tmp_path / "x.pte"), "--quiet"]) == code
     assert capsys.readouterr().err.endswith(message)
+
+
+def test_an_interrupted_calibration_is_kept(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "x.pte"
+
+    def export_checkpoint(*_: object) -> None:
+        (tmp_path / "x.pte.calibration").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "export_checkpoint", export_checkpoint)
+    assert main(["--pte-name", str(path), "--calibrate", "--quiet"]) == 130
+    assert "interrupted; the same command goes on where it was, with what is in" in capsys.readouterr().err
+
+
+def test_progress_tells_the_time_left(capsys, monkeypatch):
+    seconds = iter(range(0, 10_000, 40))
+    monkeypatch.setattr("mvlm.export.progress.time.monotonic", lambda: float(next(seconds)))
+    progress = Progress()
+    with progress.stage("calibrate"):
+        for done in range(1, 5):
+            progress.share(done / 10)
+    lines = capsys.readouterr().err.splitlines()
+    # Once a minute; after 80 seconds, a fifth of it done, four fifths are left.
+    assert lines[1:-1] == ["  20%, 5 min left", "  40%, 4 min left"]
 
 
 def test_progress_says_time_and_memory(capsys):
@@ -420,7 +487,7 @@ def test_what_the_pipeline_says(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(pipeline, "capture", stop)
     arguments = ["--model", str(folder), "--pte-name", str(tmp_path / "x.pte"), "--max-context-len", "100"]
-    assert main(arguments) == 2
+    assert main([*arguments, "--group-size", "128"]) == 2
     err = capsys.readouterr().err
     assert re.search(r"^model, recipe mobile: about \d+ MB of \.pte, [\d,]+ MiB of memory", err, re.MULTILINE)
     for stage in ("open checkpoint", "identify checkpoint", "read and quantize"):
@@ -430,7 +497,7 @@ def test_what_the_pipeline_says(tmp_path, capsys, monkeypatch):
         r"^  18 tensors are not needed: vision_model\.encoder\.layers\.1\..* and 15 more$", err, re.MULTILINE
     )
     assert "group size 64 instead of 128 for" in err
-    assert re.search(r"^  language_model mlp\.gate_up_proj +1  int4, groups of 64, hqq ", err, re.MULTILINE)
+    assert re.search(r"^  language_model mlp\.gate_up_proj +1  int4, groups of 64, search ", err, re.MULTILINE)
     assert "group size 32 instead of 128 for mlp.down_proj: their width wants it" in err
     assert list(tmp_path.iterdir()) == [folder]
 

@@ -13,7 +13,7 @@ from mvlm.export.recipe import KV_CACHES, RECIPES, SCALE_ALGORITHMS, Recipe, mob
 
 
 def test_the_default_recipe():
-    assert mobile() == Recipe("mobile", 128, "hqq", 4, 8, "int8", "int8", 768, 256, "mvlm")
+    assert mobile() == Recipe("mobile", 32, "search", 8, 8, "int8", "int8", 768, 256, "mvlm", "none", 0.0, ())
     assert all(make().name == name for name, make in RECIPES.items())
 
 
@@ -23,7 +23,7 @@ def test_the_default_recipe():
         ("group_size", 48, "group size: 48 is not possible; choose one of 32, 64, 128, 256$"),
         ("group_size", 512, "group size: 512 is not possible"),
         ("group_size", -32, "group size: -32 is not possible"),
-        ("scales", "best", "scales: 'best' is not possible; choose one of affine, hqq$"),
+        ("scales", "best", "scales: 'best' is not possible; choose one of affine, hqq, search$"),
         ("lm_head_bits", 5, "bits of lm_head: 5 is not possible; choose one of 4, 8$"),
         ("embedding_bits", 16, "bits of the embedding: 16 is not possible; choose one of 4, 8, 32$"),
         ("vision", "fp16", "vision weights: 'fp16' is not possible; choose one of int4, int8, fp32$"),
@@ -42,6 +42,14 @@ def test_attention_of_executorch_has_a_float32_cache(kv_cache):
     with pytest.raises(ExportError, match=f"KV cache {kv_cache} is not possible with attention operator llama: .*fp32"):
         Recipe(attention_op="llama", kv_cache=kv_cache)
     assert Recipe(attention_op="llama", kv_cache="fp32").attention_op == "llama"
+
+
+@pytest.mark.parametrize("calibration", ["quick", "full"])
+def test_calibration_chooses_scales_itself(calibration):
+    with pytest.raises(ExportError, match="scales hqq are not possible with calibration"):
+        Recipe(scales="hqq", calibration=calibration)
+    with pytest.raises(ExportError, match="bits budget -10% is not possible"):
+        Recipe(bits_budget=-0.1)
 
 
 @pytest.mark.parametrize("max_context_len", [1, 0, -768])
@@ -78,9 +86,10 @@ def test_recipe_of_an_older_file():
 
 @pytest.mark.parametrize("scales", SCALE_ALGORITHMS)
 def test_json_round_trip(scales):
-    recipe = Recipe(name="other", group_size=32, scales=scales, max_context_len=2)
+    wide = ("language_model.layers.0.mlp.down_proj", "language_model.layers.3.self_attn.qkv_proj")
+    recipe = Recipe(name="other", group_size=32, scales=scales, max_context_len=2, eight_bit_linears=wide)
     assert Recipe.from_json(recipe.to_json()) == recipe
-    assert json.loads(recipe.to_json()) == dataclasses.asdict(recipe)
+    assert json.loads(recipe.to_json()) == dataclasses.asdict(recipe) | {"eight_bit_linears": list(wide)}
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_table():
 def test_json():
     document = json.loads(REPORT.to_json(), parse_constant=pytest.fail)
     assert document["model_name"] == "tiny"
-    assert Recipe(**document["recipe"]) == mobile()
+    assert Recipe.from_json(json.dumps(document["recipe"])) == mobile()
     assert (document["num_bytes"], document["float32_bytes"]) == (1814, 6400)
     assert [kind["count"] for kind in document["kinds"]] == [3, 2, 1, 1]
     assert document["kinds"][0]["snr_db_median"] == 20.0
