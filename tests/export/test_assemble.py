@@ -12,12 +12,15 @@ import torch
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.runtime import Runtime
+from random_checkpoint import RandomCheckpoint, Sizes
 from rounding import two_roundings, unrounded
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from mvlm.export import lower as lowering
 from mvlm.export.assemble import _check_completeness, assemble, instantiate, template_keys
 from mvlm.export.capture import capture, capture_text_decoder, capture_token_embedding, capture_vision_encoder
+from mvlm.export.checkpoint import open_checkpoint
 from mvlm.export.checkpoint.configs import ImagePreprocessing
 from mvlm.export.contract import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from mvlm.export.errors import ExportError
@@ -25,9 +28,10 @@ from mvlm.export.lower import Lowered, lower, lower_program
 from mvlm.export.models import TextDecoder
 from mvlm.export.package import write_pte
 from mvlm.export.progress import Progress
-from mvlm.export.quantize import quantize, quantize_checkpoint
+from mvlm.export.quantize import quantize, quantize_checkpoint, schemes_of
 from mvlm.export.recipe import Recipe
 from mvlm.export.spool import Spool
+from mvlm.export.stored_weights import digest_of_quantized, linear_names, read_stored_linears, weights_digest
 from mvlm.ops.native import load_native_library
 from mvlm.runtime.fidelity import snr_db
 
@@ -136,6 +140,75 @@ def test_same_results_with_operators_of_executorch(small_checkpoint, tmp_path):
     results = tuple(run(tmp_path / f"{name}.pte", 28, 64, takes_bytes=True) for name in ("assembled", "whole"))
     check_same_results(results)
     check_same_delegation(assembled, whole)
+
+
+def test_layers_that_are_stored_in_different_ways(tmp_path, monkeypatch):
+    """Of 8 bits here and 4 there: the same as lowered at once, bit for bit, with one lowering for each way."""
+    checkpoint = open_checkpoint(
+        str(RandomCheckpoint.make(Sizes(projector="linear", num_hidden_layers=3)).write(tmp_path / "model"))
+    )
+    stack = "language_model.layers"
+    wide = (f"{stack}.1.self_attn.qkv_proj", f"{stack}.1.mlp.down_proj")
+    recipe = Recipe(max_context_len=32, eight_bit_linears=wide)
+    lowered_pieces = []
+    lower_one = lowering.lower_program
+
+    def counting(method, program):
+        lowered_pieces.append(method)
+        return lower_one(method, program)
+
+    monkeypatch.setattr(lowering, "lower_program", counting)
+    with Spool(tmp_path) as spool:
+        quantized = quantize_checkpoint(checkpoint, recipe, spool, Progress(quiet=True))
+        methods = capture(quantized)
+        # The first and the last are alike.
+        runs = [(piece.first_layer, len(piece.layers)) for piece in methods[-1].pieces if piece.layers]
+        assert runs == [(0, 1), (1, 1), (2, 1)]
+        assembled = lower(methods, Progress(quiet=True))
+        assert lowered_pieces.count(TEXT_DECODER) == 2 + 2  # head and tail, two kinds of layers
+        write_pte(assembled, {}, tmp_path / "assembled.pte")
+    model = checkpoint.load_model()
+    quantize(model, recipe)
+    whole = lowered_at_once(model, checkpoint.preprocessing, recipe)
+    write_pte(whole, {}, tmp_path / "whole.pte")
+    check_same_results(tuple(run(tmp_path / f"{name}.pte", 28, 64) for name in ("assembled", "whole")))
+    linears = read_stored_linears(tmp_path / "assembled.pte")[TEXT_DECODER]
+    names = linear_names(model, schemes_of(model, recipe), TEXT_DECODER)
+    assert [name for name, linear in zip(names, linears, strict=True) if linear.group_size == 0] == [
+        *wide,
+        "language_model.lm_head",
+    ]
+    for name, linear in zip(names, linears, strict=True):
+        weight, stored = model.get_submodule(name).weight, linear.tensor()
+        assert torch.equal(weight.qdata, stored.qdata)
+        assert torch.equal(weight.scale, stored.scale)
+        assert weight.block_size == stored.block_size
+
+
+def test_weights_of_a_file_have_the_digest_of_the_export(small_quantized, small_recipe, lowered, assembled_pte):
+    """Read and hashed anew; one bit makes another."""
+    schemes = schemes_of(small_quantized.model, small_recipe)
+    stored = read_stored_linears(assembled_pte)
+    found = [
+        (name, [linear.weight, linear.scales])
+        for method in (VISION_ENCODER, TEXT_DECODER)
+        for name, linear in zip(linear_names(small_quantized.model, schemes, method), stored[method], strict=True)
+    ]
+    assert weights_digest(found) == digest_of_quantized(small_quantized, schemes)
+    name, (weight, scales) = found[3]
+    changed = bytearray(weight)
+    changed[17] ^= 1
+    found[3] = (name, [changed, scales])
+    assert weights_digest(found) != digest_of_quantized(small_quantized, schemes)
+
+
+def test_a_broken_file_has_no_weights(assembled_pte, tmp_path):
+    data = assembled_pte.read_bytes()
+    path = tmp_path / "broken.pte"
+    for broken, message in ((data[: len(data) // 2], "is truncated"), (b"\0" * 4096, "no ExecuTorch program")):
+        path.write_bytes(broken)
+        with pytest.raises(ExportError, match=message):
+            read_stored_linears(path)
 
 
 @pytest.mark.parametrize(
