@@ -360,8 +360,9 @@ def test_what_a_smaller_cache_costs(kv_type, least_db):
 
     def logits(kv_type: str) -> Tensor:
         decoder = TextDecoder(model, 200, kv_type)
-        first = decoder(embeddings[:, :180], torch.tensor([0]))
-        return torch.cat([first] + [decoder(embeddings[:, i : i + 1], torch.tensor([i])) for i in range(180, 200)])
+        rows = [decoder(embeddings[:, :180], torch.tensor([0]))]
+        rows += [decoder(embeddings[:, i : i + 1], torch.tensor([i])) for i in range(180, 200)]
+        return torch.cat(rows, dim=1)
 
     expected = logits("fp32")
     assert least_db <= snr_db(expected, logits(kv_type)) < 120
