@@ -47,7 +47,6 @@ VALIDATION_PICTURES = 96
 #: Tokens of questions and answers behind each picture: nine or ten questions.
 ROOM = 128
 
-
 #: What is asked for, or which kind of word a yes-no question names, and whether the picture has it.
 QUESTION_GROUPS = (("what", True), ("color", True), ("color", False), ("shape", True), ("shape", False))
 
@@ -74,9 +73,10 @@ class Stage:
     noise: float | None = None
 
 
-#: A language model of this size does not compare the question's word with the picture by itself; image tokens that make
-#: it do so are found by training on little else. All at once, they are not found. Nor do they last: a little noise on
-#: the weights undoes them, as no quantization of a whole model would be, so the rest is trained with noise.
+#: R by itself does not compare the word in a question with the picture, not even where words describe the picture.
+#: Image tokens that make it do so are found by training on little else, first for three shapes, then for eight colours;
+#: with all questions at once they were not found. What is found without noise needs these very weights: noise 25 dB
+#: below them took the accuracy from 92 to 62 %. A model that is trained as a whole is not so brittle, so noise is added.
 STAGES = (
     Stage("as in the data set", 300),
     Stage("shapes", 700, (0.12, 0.03, 0.25, 0.3, 0.3), ("shape?", 95)),
@@ -318,6 +318,10 @@ def initialize(projector: nn.Module, features_BPV: Tensor, token_norm: float, se
     second.weight *= token_norm / projector(features_BPV).norm(dim=-1).mean()
 
 
+#: The projector after the last stage that was finished.
+STATE = "state.safetensors"
+
+
 class Log:
     """Lines to the terminal and to a file."""
 
@@ -328,10 +332,6 @@ class Log:
         print(line, flush=True)
         self._file.write(line + "\n")
         self._file.flush()
-
-
-#: What is asked for, or which kind of word a yes-no question names, and whether that fits the picture.
-QUESTION_GROUPS = (("what", True), ("color", True), ("color", False), ("shape", True), ("shape", False))
 
 
 class Asker:
@@ -516,7 +516,7 @@ class Trainer:
         for number, stage in enumerate(STAGES[finished:], finished + 1):
             self.log(f"stage {number} of {len(STAGES)}: {stage.name}")
             self.train_stage(stage, optimizer)
-            self.save("state.safetensors", finished=str(number))
+            self.save(STATE, finished=str(number))
 
     def seconds(self) -> str:
         return f"{time.monotonic() - self.started:.0f} s"
@@ -576,7 +576,7 @@ class Trainer:
 
     def load(self) -> int:
         """Takes up the projector at the end of a stage; returns which."""
-        with safe_open(self.work / "state.safetensors", "pt") as state:
+        with safe_open(self.work / STATE, "pt") as state:
             self.projector.load_state_dict(
                 {ours: state.get_tensor(theirs).float() for theirs, ours in PROJECTOR_NAMES.items()}
             )
@@ -610,6 +610,8 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # AdamW's moments decay into denormals, which are slow and change nothing
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    if options.resume and not (options.output / STATE).exists():
+        parser.error(f"{options.output / STATE}: no such file; no stage was finished, start without --resume")
     try:
         gauge = make_gauge(options.gauge)
     except FetchError as error:
