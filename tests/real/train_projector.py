@@ -76,7 +76,7 @@ class Stage:
 #: R by itself does not compare the word in a question with the picture, not even where words describe the picture.
 #: Image tokens that make it do so are found by training on little else, first for three shapes, then for eight colours;
 #: with all questions at once they were not found. What is found without noise needs these very weights: noise 25 dB
-#: below them took the accuracy from 92 to 62 %. A model that is trained as a whole is not so brittle, so noise is added.
+#: below them took the accuracy from 92 to 62 %. A model trained as a whole is not so brittle, so noise is added.
 STAGES = (
     Stage("as in the data set", 300),
     Stage("shapes", 700, (0.12, 0.03, 0.25, 0.3, 0.3), ("shape?", 95)),
