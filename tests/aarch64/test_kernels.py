@@ -44,8 +44,8 @@ def test_kernels(demo_pte: Path, sample_image: Path, tmp_path: Path, cpu: str) -
         assert not decode
         return
     four_bit = Counter({name: calls for name, calls in prefill.items() if "_qsi4c32p" in name})
-    # Whatever is decoded takes a one-row kernel with dotprod, as often for each token: of 4-bit weights in the layers, of
-    # 8-bit ones in lm_head.
+    # Whatever is decoded takes a one-row kernel with dotprod, as often for each token: of 4-bit weights in the layers,
+    # of 8-bit ones in lm_head.
     assert kinds(decode) == {"dotprod"}
     assert all("_qai8dxp1x" in name for name in decode)
     assert {"qsi4c32p" in name or "qsi8cxp" in name for name in decode} == {True}

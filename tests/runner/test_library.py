@@ -17,7 +17,7 @@ from tiny_pte import VOCAB_SIZE
 from torch import Tensor
 
 from mvlm.export import demo
-from mvlm.runtime.preprocess import load_image, preprocess
+from mvlm.export.preprocess import load_image, preprocess
 from mvlm.runtime.prompt import prompt_ids, prompt_text
 
 ROOT = Path(__file__).parents[2]

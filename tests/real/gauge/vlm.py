@@ -21,7 +21,7 @@ from gauge.easy_vqa import PictureQuestion
 from mvlm.export.checkpoint import PROJECTOR_PREFIX, Checkpoint
 from mvlm.export.contract import PROMPT_PLACEHOLDER, ImageProcessing
 from mvlm.export.models import MobileVLM
-from mvlm.runtime.preprocess import preprocess
+from mvlm.export.preprocess import preprocess
 
 #: The projector's committed weights, by MobileVLM's names; what trained them stands beside them.
 PROJECTOR = Path(__file__).parents[1] / "projector" / "model.safetensors"
