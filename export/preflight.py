@@ -4,6 +4,9 @@ Output size follows from the recipe. Memory and time are fits to exports that we
 costs"): what a process of torch, torchao and ExecuTorch takes by itself; the weights outside the stacks of layers,
 which stay in memory once they are quantized; and the most that is worked on at once, the largest tensor while it is
 quantized or one layer while it is captured.
+
+What calibration needs is counted out, stage by stage: the tensors that it has in memory together, and its
+multiplications.
 """
 
 from __future__ import annotations
@@ -13,10 +16,19 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
+from mvlm.export.calibrate import CalibrationOptions
+from mvlm.export.calibrate.branches import CHUNK_TOKENS
+from mvlm.export.calibrate.calibrate import MOST_TIMES_AS_MANY, TEXT_TOKENS, WRITTEN_LENGTH, WRITTEN_TOKENS
+from mvlm.export.calibrate.data import BUNDLED_PICTURES, PICTURE_SUFFIXES, WINDOW
+from mvlm.export.calibrate.sensitivity import TOKENS as SENSITIVITY_TOKENS
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.errors import ExportError
-from mvlm.export.quantize import meta_model, place_in_stack, schemes_of, stored_bytes
+from mvlm.export.models import MobileVLM
+from mvlm.export.quantize import Scheme, meta_model, place_in_stack, schemes_of, stored_bytes
 from mvlm.export.recipe import Recipe
+from mvlm.export.streamed_model import KEPT_BYTES, READ_TOGETHER
 
 _MIB = 1 << 20
 
@@ -32,12 +44,28 @@ BYTES_PER_LAYER_WEIGHT = 5
 LOWERING_MEMORY = 80 * _MIB
 #: Peaks of one and the same export differ by some percent; what is estimated is meant to be above them all.
 MEMORY_MARGIN = 1.13
-#: Seconds on two cores of 2021 (Zen 3): whatever the size, and for each weight.
+#: Seconds on two cores of 2021 (Zen 3): whatever the size, for each weight, and for each whose scale is searched for.
 BASE_SECONDS = 40.0
 SECONDS_PER_WEIGHT = 28e-9
+SECONDS_PER_SEARCHED_WEIGHT = 30e-9
 #: The program without weights: instructions, delegates and padding, of all that is no layer, and of each layer.
 PROGRAM_BYTES = 64 << 10
 PROGRAM_BYTES_PER_LAYER = 12 << 10
+
+#: What malloc keeps of the many tensors that come and go in GPTQ's stages, as a share of the most that they have
+#: together. Those of 32 MB and more are given back at once, so it is not more than so much.
+RETAINED_SHARE = 0.4
+RETAINED_MEMORY = 250 * _MIB
+#: Float operations a second of calibration on two cores: half of what two cores with AVX-512 do of its products, since
+#: those of Zen 3 are half as wide.
+CALIBRATION_FLOPS = 120e9
+#: How many times as long a product takes when texts are written: there are some tens of rows, each step reads the keys
+#: and values of all positions.
+WRITING_SLOWNESS = 3
+#: Seconds to read a weight from a checkpoint's file; writing reads a large model once for each token of its texts.
+SECONDS_PER_READ_WEIGHT = 1.5e-9
+#: Tokens of a question about a picture, with the template around it.
+QUESTION_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -46,7 +74,7 @@ class Estimate:
 
     Attributes:
         output: size of the .pte in bytes.
-        spool: bytes of the temporary file on the same disk.
+        spool: bytes of temporary files on the same disk, those of calibration too.
         memory: peak resident memory in bytes.
         seconds: on two cores.
     """
@@ -68,8 +96,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
-def estimate(checkpoint: Checkpoint, recipe: Recipe) -> Estimate:
+def estimate(checkpoint: Checkpoint, recipe: Recipe, calibration: CalibrationOptions | None = None) -> Estimate:
     """What it will need to export ``checkpoint`` by ``recipe``.
+
+    Args:
+        checkpoint: opened.
+        recipe: how it will be stored, and whether it is calibrated.
+        calibration: on what; by default on what the model writes itself.
 
     Raises:
         ExportError: a weight whose width no group size divides.
@@ -80,7 +113,7 @@ def estimate(checkpoint: Checkpoint, recipe: Recipe) -> Estimate:
     rope_tables = 4 * recipe.max_context_len * text.head_dim
     output = PROGRAM_BYTES + len(checkpoint.tokenizer) + rope_tables
     layers: Counter[tuple[str, int]] = Counter()
-    spool = held = largest = weights = 0
+    spool = held = largest = weights = searched = 0
     for name, parameter in model.named_parameters():
         scheme = schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         count = parameter.numel()
@@ -88,6 +121,8 @@ def estimate(checkpoint: Checkpoint, recipe: Recipe) -> Estimate:
         output += size
         weights += count
         largest = max(largest, count)
+        if scheme is not None and scheme.scales == "search":
+            searched += count
         place = place_in_stack(name)
         if place is not None:
             layers[place[:2]] += count
@@ -99,11 +134,211 @@ def estimate(checkpoint: Checkpoint, recipe: Recipe) -> Estimate:
     output += PROGRAM_BYTES_PER_LAYER * len(layers)
     quantizing = BYTES_PER_LARGEST_WEIGHT * largest
     lowering = LOWERING_MEMORY + BYTES_PER_LAYER_WEIGHT * max(layers.values(), default=0)
-    memory = MEMORY_MARGIN * (BASE_MEMORY + held + max(quantizing, lowering))
+    memory = held + max(quantizing, lowering)
+    seconds = BASE_SECONDS + SECONDS_PER_WEIGHT * weights + SECONDS_PER_SEARCHED_WEIGHT * searched
+    if recipe.calibration != "none":
+        work = _CalibrationWork(
+            checkpoint, recipe, calibration or CalibrationOptions(recipe.calibration), schemes, model
+        )
+        most = max(work.memory().values())
+        memory = max(memory, most + (min(RETAINED_SHARE * most, RETAINED_MEMORY) if work.is_full else 0))
+        seconds += work.seconds()
+        output += work.more_output
+        spool += work.more_output + work.disk()
+    memory = MEMORY_MARGIN * (BASE_MEMORY + memory)
     if checkpoint.size:
         # The file's pages that the largest tensor is read from, 2 bytes a weight in float16.
         memory += largest * checkpoint.size / weights
-    return Estimate(output, spool, int(memory), BASE_SECONDS + SECONDS_PER_WEIGHT * weights)
+    return Estimate(output, spool, int(memory), seconds)
+
+
+class _CalibrationWork:
+    """What calibration will have in memory and on disk, and what it will compute.
+
+    Letters of sizes: T tokens of all sequences, D width of the language model, F of its feed-forward, L its layers.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        options: CalibrationOptions,
+        schemes: dict[str, Scheme],
+        model: MobileVLM,
+    ) -> None:
+        self.config = checkpoint.config
+        self.is_full = recipe.calibration == "full"
+        self.finds_bits = self.is_full and recipe.bits_budget > 0 and not recipe.eight_bit_linears
+        text = model.language_model
+        self.layer_weights = sum(p.numel() for p in text.layers[0].parameters())
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        #: Those that GPTQ quantizes: the language model's, and all others that have 4 bits.
+        self.calibrated = {
+            name: linear
+            for name, linear in linears.items()
+            if schemes[name].bits == 4 or (schemes[name].bits == 8 and name.startswith("language_model."))
+        }
+        in_layers = [name for name in self.calibrated if name.startswith("language_model.layers.")]
+        self.first_layer = [linears[name] for name in in_layers if name.startswith("language_model.layers.0.")]
+        self.lm_head = text.lm_head
+        vision_layers = model.vision_tower.encoder.layers if self.config.vision is not None else ()
+        self.vision_layer_weights = sum(p.numel() for layer in vision_layers[:1] for p in layer.parameters())
+        #: What ``bits_budget`` adds to the file.
+        self.more_output = (
+            int(recipe.bits_budget * sum(stored_bytes(schemes[name], linears[name].weight) for name in in_layers))
+            if self.finds_bits
+            else 0
+        )
+
+        length = WRITTEN_LENGTH[options.mode]
+        wanted = options.tokens or self._default_tokens(options)
+        #: Of texts that are written: how many, and tokens of each.
+        self.written = (0, 0) if options.text is not None else (-(-wanted // length), 1 + length)
+        self.read = wanted if options.text is not None else 0
+        self.pictures = self.questions = self.picture_tokens = 0
+        if self.config.vision is not None:
+            self.pictures, self.questions = _pictures_and_questions(options.images or BUNDLED_PICTURES)
+            self.picture_tokens = self.config.num_image_tokens + QUESTION_TOKENS + length
+        self.new_tokens = length if self.written[0] or self.questions else 0
+        self.tokens = self.read + self.written[0] * self.written[1] + self.questions * self.picture_tokens
+
+    def _default_tokens(self, options: CalibrationOptions) -> int:
+        """As calibration chooses them."""
+        tokens = (WRITTEN_TOKENS if options.text is None else TEXT_TOKENS)[options.mode]
+        if not self.is_full:
+            return tokens
+        size = self.config.text.num_hidden_layers * self.layer_weights
+        return tokens * max(1, min(MOST_TIMES_AS_MANY, round(1e9 / size)))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the tensors that the stages have together, by stage."""
+        text = self.config.text
+        D, F, L = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+        layer = 4 * self.layer_weights
+        table = 4 * text.vocab_size * D
+        # One layer is still held when the next is read.
+        float_model = 2 * table + (L * layer if L * layer <= KEPT_BYTES else 2 * layer)
+        some = min(SENSITIVITY_TOKENS, self.tokens)
+        streams = 2 * 4 * self.tokens * D
+
+        def reading(tokens: int) -> int:
+            """Outputs of the norms, of attention and of the linears while a layer reads so many tokens."""
+            return 4 * tokens * (3 * F + 12 * D)
+
+        held = 0
+        stages = {}
+        if self.config.vision is not None:
+            vision = self.config.vision
+            pixels = 4 * 3 * vision.image_size**2 * self.pictures
+            patches = self.pictures * (vision.num_patches + 1)
+            chunk = min(CHUNK_TOKENS, patches)
+            # Both streams; a layer; and a part of the streams in the feed-forward, or the projector with all of them.
+            passing = 8 * chunk * vision.intermediate_size + self.vision_layer_weights
+            if any(name.startswith("vision_tower.") for name in self.calibrated):
+                passing += 2 * vision.intermediate_size**2
+            stages["pictures"] = pixels + 4 * (2 * patches * vision.hidden_size + max(passing, 10 * patches * D))
+            held = pixels + 2 * 4 * self.pictures * self.config.num_image_tokens * D
+
+        count, length = self.written
+        prompts = count + self.questions
+        per_position = 2 * text.num_key_value_heads * text.head_dim
+        positions = (count * length, self.questions * self.picture_tokens)
+        # Keys and values in bfloat16, of one layer in float32 too; logits and their softmax.
+        writing = 2 * per_position * L * sum(positions) + 4 * per_position * max(positions)
+        writing = max(writing + 3 * 4 * prompts * text.vocab_size, reading(prompts + sum(positions[1:])))
+        if not self.is_full:
+            writing = max(writing, reading(min(READ_TOGETHER * WINDOW, self.read)))
+        if self.new_tokens or not self.is_full:
+            stages["write"] = float_model + writing
+        if self.is_full:
+            stages["smooth"] = float_model + reading(some)
+            # The embedding as it is, as int8, and as float32 again, in two steps.
+            stages["embed"] = streams + table // 4 * 13
+            # A part of both streams, the second linear's two moments, the first one's weight.
+            chunk = 8 * 4 * min(CHUNK_TOKENS, self.tokens) * F
+            widest = max(linear.in_features for linear in self.first_layer)
+            heaviest = max(linear.weight.numel() for linear in self.first_layer)
+            stages["pass"] = streams + layer + chunk + 2 * 4 * widest**2 + 4 * heaviest
+            stages["gptq"] = streams + layer + max(map(_gptq_bytes, self.first_layer))
+            stages["lm_head"] = streams + table + _gptq_bytes(self.lm_head)
+        if self.finds_bits:
+            # What each layer is given; of one layer all that its gradient needs, and a weight rounded, restored and
+            # subtracted; or, before that, the logits of some tokens and their gradient.
+            backward = layer + 4 * some * (8 * F + 20 * D) + 9 * heaviest
+            stages["bits"] = streams + 4 * (L + 1) * some * D + max(backward, table + 6 * 4 * 256 * text.vocab_size)
+        return {name: held + size for name, size in stages.items()}
+
+    def disk(self) -> int:
+        """Bytes of the work folder: weights as int8 with float32 scales, and the streams, for a while twice."""
+        if not self.is_full:
+            return 0
+        # Groups of 32 at the least.
+        weights = sum(linear.weight.numel() + linear.weight.numel() // 8 for linear in self.calibrated.values())
+        pictures = 2 * 4 * self.pictures * self.config.num_image_tokens * self.config.text.hidden_size
+        return weights + pictures + 2 * 2 * 4 * self.tokens * self.config.text.hidden_size
+
+    def seconds(self) -> float:
+        """On two cores; of vision only what its 4-bit weights take."""
+        text = self.config.text
+        L = text.num_hidden_layers
+        weights = L * self.layer_weights + self.lm_head.weight.numel()
+        written = self.written[0] * self.written[1] + self.questions * self.new_tokens
+        flops = 2.0 * weights * (WRITING_SLOWNESS * written + self.questions * self.picture_tokens)
+        read = 0
+        if L * 4 * self.layer_weights > KEPT_BYTES:
+            read += weights * self.new_tokens
+        if not self.is_full:
+            return (flops + 2.0 * weights * self.read) / CALIBRATION_FLOPS + SECONDS_PER_READ_WEIGHT * read
+        some = min(SENSITIVITY_TOKENS, self.tokens)
+        flops += 2.0 * weights * some + sum(
+            _gptq_flops(linear, self._tokens_of(name)) for name, linear in self.calibrated.items()
+        )
+        searched = 0
+        if self.finds_bits:
+            # Forward, and twice as much backward and for the change that rounding brings.
+            flops += 8.0 * weights * some
+            searched = L * self.layer_weights
+        return (
+            flops / CALIBRATION_FLOPS
+            + SECONDS_PER_READ_WEIGHT * (read + 4 * weights)
+            + SECONDS_PER_SEARCHED_WEIGHT * searched
+        )
+
+    def _tokens_of(self, name: str) -> int:
+        if name.startswith("language_model."):
+            return self.tokens
+        assert self.config.vision is not None
+        return self.pictures * (self.config.vision.num_patches + 1)
+
+
+def _gptq_bytes(linear: nn.Linear) -> int:
+    """Of a linear while it is quantized.
+
+    Squares: both moments, and a matrix and its factor. As large as its weight: what is wanted of it, what is left of
+    that, and what the solver makes of them.
+    """
+    return 4 * 4 * linear.in_features**2 + 4 * 4 * linear.weight.numel()
+
+
+def _gptq_flops(linear: nn.Linear, tokens: int) -> float:
+    """Of a linear: its outputs some three times, both moments, the Hessian's inverse, and columns for each other."""
+    width, weights = float(linear.in_features), linear.weight.numel()
+    return 6.0 * tokens * weights + 3.0 * tokens * width**2 + 5.0 / 3.0 * width**3 + 5.0 * weights * width
+
+
+def _pictures_and_questions(folder: Path) -> tuple[int, int]:
+    """How many pictures lie in a folder, and how many questions about them."""
+    pictures = questions = 0
+    # What is no folder calibration refuses.
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            try:
+                lines = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError):
+                lines = []
+            pictures += 1
+            questions += sum(bool(line.strip()) for line in lines) or 1
+    return pictures, questions
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mvlm.export import preflight
+from mvlm.export.calibrate import CalibrationOptions
+from mvlm.export.calibrate.calibrate import _Calibrator
 from mvlm.export.checkpoint import open_checkpoint, parameter_shapes, random_checkpoint
 from mvlm.export.errors import ExportError
 from mvlm.export.preflight import Estimate, available_memory, check, estimate
-from mvlm.export.recipe import Recipe, small
+from mvlm.export.progress import Progress
+from mvlm.export.recipe import Recipe, accurate, small
 
 MIB = 1 << 20
 
@@ -79,6 +86,132 @@ def test_what_is_said():
         "2 minutes on two cores"
     )
     assert str(Estimate(1, 1, 1, 42)).endswith("42 seconds on two cores")
+
+
+# -- calibration ------------------------------------------------------------------------------------------------------
+
+#: Small, but wide enough that tensors weigh more than what a process of torch takes by itself.
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 8000,
+}
+WITH_VISION = {"num_hidden_layers": 1, "vision_num_hidden_layers": 2}
+
+#: Calibrates random weights and prints the peak of its resident memory, see test_memory.py, and the size of its folder.
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from mvlm.export.calibrate import CalibrationOptions, calibrate, work_folder
+from mvlm.export.checkpoint import random_checkpoint
+from mvlm.export.progress import Progress
+from mvlm.export.recipe import Recipe
+
+model, sizes, recipe, tokens, pte = json.loads(sys.argv[1])
+checkpoint, recipe = random_checkpoint(model, **sizes), Recipe(**recipe)
+options = CalibrationOptions(recipe.calibration, tokens=tokens)
+folder = work_folder(checkpoint, recipe, options, Path(pte))
+calibrate(checkpoint, recipe, options, folder, Progress(quiet=True))
+[peak] = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+print(json.dumps({"peak": int(peak) * 1024, "disk": sum(path.stat().st_size for path in folder.path.iterdir())}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("model", "sizes", "recipe", "tokens"),
+    [
+        ("mobilellama-1.4b", SIZES, {"calibration": "full", "bits_budget": 0.2}, 2048),
+        ("mobilellama-1.4b", SIZES, {"calibration": "quick"}, 4096),
+        ("mobilevlm-v2-1.7b", SIZES | WITH_VISION, {"calibration": "full", "vision": "int4"}, 1024),
+    ],
+    ids=["where bits matter", "quick", "pictures"],
+)
+def test_needs_of_calibration(model, sizes, recipe, tokens, tmp_path):
+    """What it really takes is less, but not by far."""
+    arguments = json.dumps([model, sizes, recipe, tokens, str(tmp_path / "x.pte")])
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, arguments]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    needed: dict[str, int] = json.loads(ran.stdout)
+    checkpoint = random_checkpoint(model, **sizes)
+    options = CalibrationOptions(recipe["calibration"], tokens=tokens)
+    estimated = estimate(checkpoint, Recipe(**recipe), options)
+    export = estimate(checkpoint, Recipe(**recipe | {"calibration": "none"}))
+    print(
+        f"peak {needed['peak'] / MIB:.0f} MiB, estimated {estimated.memory / MIB:.0f}, export {export.memory / MIB:.0f}"
+    )
+    assert estimated.memory > 1.1 * export.memory, "calibration is what takes most"
+    assert needed["peak"] <= estimated.memory <= 1.4 * needed["peak"]
+    if options.mode == "full":
+        # What is on disk at the end, and for a while the streams twice.
+        assert needed["disk"] <= estimated.spool - export.spool <= 2 * needed["disk"]
+
+
+def needs(model: str, recipe: Recipe, **options: Any) -> Estimate:
+    return estimate(random_checkpoint(model), recipe, CalibrationOptions(recipe.calibration, **options))
+
+
+def test_what_calibration_needs_more():
+    """Of 1.7B: minutes, more memory, and an int8 copy of all linears on the disk; more tokens, more of all."""
+    mobile, full = Recipe(), Recipe(calibration="full")
+    export, calibrated = needs("mobilevlm-v2-1.7b", mobile), needs("mobilevlm-v2-1.7b", full)
+    assert calibrated.output == export.output
+    linears = 24 * (4 * 2048**2 + 3 * 2048 * 5632) + 32000 * 2048
+    assert 1.0 < (calibrated.spool - export.spool) / linears < 1.5
+    assert 600 < calibrated.seconds < 3600
+    assert export.seconds < needs("mobilevlm-v2-1.7b", replace(full, calibration="quick")).seconds < calibrated.seconds
+    more = needs("mobilevlm-v2-1.7b", full, tokens=32768)
+    for field, value in asdict(more).items():
+        assert value > asdict(calibrated)[field] or field == "output", field
+    larger = needs("mobilevlm-v2-3b", full)
+    assert 1.5 < larger.seconds / calibrated.seconds < 3
+    assert calibrated.memory < larger.memory < needs("mobilevlm-v2-7b", full).memory
+
+
+def test_bits_that_are_added_are_counted():
+    """A fifth of the layers' 4-bit weights and scales, in the file and in the spool."""
+    plain, wide = (
+        needs("mobilellama-1.4b", replace(accurate(), calibration="full", bits_budget=budget)) for budget in (0, 0.2)
+    )
+    layers = 24 * (4 * 2048**2 + 3 * 2048 * 5632) * (1 / 2 + 2 / 32)
+    assert wide.output - plain.output == pytest.approx(0.2 * layers, abs=1)
+    assert wide.spool - plain.spool == wide.output - plain.output
+    assert wide.seconds > plain.seconds
+    without = needs("mobilellama-1.4b", accurate())
+    assert without.output == plain.output, "only calibration finds out where they matter"
+
+
+@pytest.mark.parametrize("mode", ["full", "quick"])
+@pytest.mark.parametrize("sizes", [{}, {"num_hidden_layers": 8}, SIZES], ids=["1.4B", "a third", "small"])
+def test_tokens_are_those_of_calibration(mode, sizes, tmp_path):
+    checkpoint = random_checkpoint("mobilellama-1.4b", **sizes)
+    recipe = Recipe(calibration=mode)
+    calibrator = _Calibrator(checkpoint, recipe, CalibrationOptions(mode), None, Progress(quiet=True))
+    by_default = estimate(checkpoint, recipe)
+    assert by_default == estimate(checkpoint, recipe, CalibrationOptions(mode))
+    for text, table in ((None, preflight.WRITTEN_TOKENS), (tmp_path / "text.txt", preflight.TEXT_TOKENS)):
+        tokens = calibrator._default_tokens(table)
+        chosen = estimate(checkpoint, recipe, CalibrationOptions(mode, text))
+        assert chosen == estimate(checkpoint, recipe, CalibrationOptions(mode, text, tokens=tokens))
+        assert chosen.seconds < estimate(checkpoint, recipe, CalibrationOptions(mode, text, tokens=2 * tokens)).seconds
+
+
+def test_pictures_and_questions_are_counted(tmp_path):
+    """Neither other files nor empty lines; what is no folder is for calibration to refuse."""
+    for name in ("a.jpg", "b.PNG", "c.jpeg", "notes.md"):
+        (tmp_path / name).touch()
+    (tmp_path / "a.txt").write_text("What is this?\tA cat.\n\nWhere is it?\n")
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    assert preflight._pictures_and_questions(tmp_path) == (3, 4)
+    assert preflight._pictures_and_questions(tmp_path / "none") == (0, 0)
+    full = Recipe(calibration="full")
+    fewer, bundled = (needs("mobilevlm-v2-1.7b", full, images=images) for images in (tmp_path, None))
+    assert fewer.memory < bundled.memory, "there are six"
+    assert fewer.seconds < bundled.seconds
 
 
 # -- memory that is available -----------------------------------------------------------------------------------------
