@@ -139,11 +139,12 @@ def picture_questions(folder: Path, checkpoint: Checkpoint) -> CalibrationData:
             raise ExportError(f"--calibration-images: {error}") from error
         for question, answer in _questions(path, index):
             prompt = checkpoint.prompt_template.replace(PROMPT_PLACEHOLDER, IMAGE_PREFIX + question)
-            before, behind = (tokenizer.encode(piece) for piece in prompt.split(IMAGE_MARKER, 1))
-            sequence = CalibrationSequence(((checkpoint.bos_id, *before), tuple(behind)), (index,))
-            if answer:
-                sequence = sequence.followed_by([*tokenizer.encode(answer), checkpoint.eos_ids[0]])
-            sequences.append(sequence)
+            before, behind = prompt.split(IMAGE_MARKER, 1)
+            if answer and not behind[-1].isspace():
+                answer = f" {answer}"
+            pieces = ((checkpoint.bos_id, *tokenizer.encode(before)), tuple(tokenizer.encode(behind + answer)))
+            sequence = CalibrationSequence(pieces, (index,))
+            sequences.append(sequence.followed_by([checkpoint.eos_ids[0]]) if answer else sequence)
     return CalibrationData(tuple(sequences), torch.cat(pixels))
 
 

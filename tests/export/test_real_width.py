@@ -414,8 +414,8 @@ def test_pieces_of_the_text_decoder(v1):
             expected = [logits[None] for _, logits in calls[name]]
             assert [logits.shape[1] for logits in expected] == [LOGIT_POSITIONS] + [1] * TEXT_STEPS
             actual = [method(*after) for _, after in calls["language_model.layers.1"]]
-            again = [again_decoder.lm_head(nudged(hidden)) for (hidden,), _ in calls[name]]
-            smooth = [smooth_decoder.lm_head(hidden) for (hidden,), _ in calls[name]]
+            again = [again_decoder.lm_head(nudged(hidden))[None] for (hidden,), _ in calls[name]]
+            smooth = [smooth_decoder.lm_head(hidden)[None] for (hidden,), _ in calls[name]]
         else:
             method, again_layer, smooth_layer = (
                 v1.layer(name),

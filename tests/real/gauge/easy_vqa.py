@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,3 +67,21 @@ def sample_questions(data: Path, count: int) -> list[PictureQuestion]:
     questions = read_questions(data, "test")
     random.Random(SEED).shuffle(questions)
     return questions[:count]
+
+
+def write_calibration_pictures(data: Path, folder: Path, count: int) -> None:
+    """The first pictures of the training split and their questions, as ``mvlm.export --calibration-images`` reads them.
+
+    Args:
+        data: the package's folder ``easy_vqa/data``.
+        folder: to make.
+        count: of pictures.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = defaultdict(list)
+    for item in read_questions(data, "train"):
+        if item.picture < count:
+            lines[item.path].append(f"{item.question}\t{item.answer}\n")
+    for path, questions in lines.items():
+        shutil.copy(path, folder)
+        (folder / path.name).with_suffix(".txt").write_text("".join(questions), encoding="utf-8")
