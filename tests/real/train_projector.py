@@ -81,7 +81,6 @@ STAGES = (
     Stage("as in the data set", 300),
     Stage("shapes", 700, (0.12, 0.03, 0.25, 0.3, 0.3), ("shape?", 95)),
     Stage("colors, noise", 1000, (0.1, 0.3, 0.3, 0.15, 0.15), ("color?", 95), noise=25.0),
-    Stage("as in the data set, noise, falling rate", 400, noise=21.5),
 )
 
 #: So many of the language model's layers get other noise at a step; all would take longer than the step.
@@ -97,8 +96,8 @@ class Recipe:
         word_steps: so many steps, at the start, without the language model: the mean of a picture's image tokens shall
             be like the language model's embeddings of the words for its colour and its shape.
         batch, word_batch: pictures a step.
-        learning_rate: reached after ``warmup`` steps of a stage and held; over the last stage, and over the steps
-            without the language model, it falls to a hundredth along a cosine.
+        learning_rate: reached after ``warmup`` steps of a stage and held; over the steps without the language model it
+            falls to a hundredth along a cosine.
         weight_decay: of matrices.
     """
 
@@ -110,10 +109,12 @@ class Recipe:
     warmup: int = 20
     weight_decay: float = 0.01
 
-    def learning_rate_at(self, step: int, steps: int, falling: bool) -> float:
-        warm = min(1.0, (step + 1) / self.warmup)
-        fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)) if falling else 1.0
-        return self.learning_rate * warm * fall
+    def learning_rate_at(self, step: int) -> float:
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup)
+
+    def learning_rate_of_words_at(self, step: int) -> float:
+        fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / self.word_steps))
+        return self.learning_rate_at(step) * fall
 
 
 @dataclass
@@ -533,13 +534,13 @@ class Trainer:
         for step in range(recipe.word_steps):
             pictures = next(batches)
             loss = self.word_loss(self.encode(pictures), pictures)
-            loss = self.step(optimizer, loss, recipe.learning_rate_at(step, recipe.word_steps, falling=True))
+            loss = self.step(optimizer, loss, recipe.learning_rate_of_words_at(step))
             if (step + 1) % 50 == 0:
                 self.log(f"words: step {step + 1}/{recipe.word_steps}  loss {loss:.4f}  {self.seconds()}")
 
     def train_stage(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         """Trains through the language model."""
-        recipe, last = self.recipe, stage is STAGES[-1]
+        recipe = self.recipe
         batches = self.batches(recipe.batch, stage.name)
         rng, generator = random.Random(f"{recipe.seed}/{stage.name}/asked"), torch.Generator().manual_seed(recipe.seed)
         noisy, every, best, losses = stage.noise is not None, range(len(self.language.layers)), 0.0, []
@@ -552,7 +553,7 @@ class Trainer:
             batch, _ = pack(self.prompts, [self.ask(index, stage.mix, rng) for index in pictures])
             logits, targets = self.language.answer_logits(self.encode(pictures), batch, noisy)
             loss = nn.functional.cross_entropy(logits, targets)
-            losses.append(self.step(optimizer, loss, recipe.learning_rate_at(step, stage.steps, last)))
+            losses.append(self.step(optimizer, loss, recipe.learning_rate_at(step)))
             if (step + 1) % 20 == 0:
                 mean = sum(losses) / len(losses)
                 self.log(f"step {step + 1}/{stage.steps}  loss {mean:.4f}  {self.seconds()}")
