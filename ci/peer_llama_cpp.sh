@@ -11,40 +11,12 @@
 #   models/mmproj-{ldp,ldpv2}-{f16,bf16,q8_0}-fl23.gguf             the tower and the projector of V1 and of V2
 set -euo pipefail
 ci=$(cd "$(dirname "$0")" && pwd)
-home=${PEER_HOME:-$HOME/.cache/mvlm-peer}
-release=0.3.36 # of llama-cpp-python
-jobs=${JOBS:-$(nproc)}
-say() { printf '== %s\n' "$*" >&2; }
+# shellcheck source=ci/peer_build.sh
+. "$ci/peer_build.sh"
 
-mkdir -p "$home/models"
+build_llama_cpp llama-bench llama-mtmd-cli llama-quantize
 cd "$home"
-if [ ! -x venv/bin/python ]; then
-  say "making $home/venv"
-  python3 -m venv venv
-fi
-export PIP_DISABLE_PIP_VERSION_CHECK=1
-venv/bin/python -m pip install --quiet numpy "gguf==0.19.0" "cmake>=3.21,<4" ninja
-export PATH="$home/venv/bin:$PATH"
-
-if [ ! -d lcpp ]; then
-  say "fetching llama-cpp-python $release"
-  venv/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest . "llama-cpp-python==$release"
-  rm -rf unpacked
-  mkdir unpacked
-  tar -xzf "llama_cpp_python-$release.tar.gz" -C unpacked
-  mv "unpacked/llama_cpp_python-$release" lcpp
-  rmdir unpacked
-fi
-source=lcpp/vendor/llama.cpp
-
-if [ ! -x build/bin/llama-mtmd-cli ] || [ ! -x build/bin/llama-bench ] || [ ! -x build/bin/llama-quantize ]; then
-  say "building llama.cpp"
-  cmake -S "$source" -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
-    -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
-    -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF >build.log
-  cmake --build build --parallel "$jobs" --target llama-bench llama-mtmd-cli llama-quantize >>build.log ||
-    { tail -n 30 build.log >&2; exit 1; }
-fi
+mkdir -p models
 if [ ! -x encbench ]; then
   say "building encbench"
   "${CXX:-g++}" -std=c++17 -O2 "$ci/peer_encode.cpp" -o encbench \
