@@ -12,14 +12,19 @@ if TYPE_CHECKING:
     from mvlm.export.checkpoint import Checkpoint
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that :func:`open_of` reads."""
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, default: str = "the bundled demo checkpoint") -> None:
+    """Adds the flags that :func:`open_of` reads.
+
+    Args:
+        parser: of the command.
+        default: what the command takes if none of them is given, for its help.
+    """
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--model",
         metavar="DIR|ID",
         help="checkpoint: a folder with config.json, tokenizer.model and weights, or a Hugging Face hub id "
-        "(default: the bundled demo checkpoint)",
+        f"(default: {default})",
     )
     source.add_argument(
         "--random-weights",

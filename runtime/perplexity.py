@@ -6,9 +6,10 @@ Perplexity alone says little about quantization: rounding may make it better on 
 the Kullback-Leibler divergence of the file's distribution from the float32 model's is told, token by token, and how
 often both think the same token the likeliest.
 
-The text is cut into windows, each read from position 0 on by itself, as llama.cpp's llama-perplexity does it: without
-BOS, and only the second half of a window is scored, so that every token that is has much before it. With pictures, each
-window stands behind a BOS, the beginning of the model's prompt template, and a picture.
+The text is cut into windows, each read from position 0 on by itself, and only the second half of a window is scored,
+so that every token that is has much before it. llama.cpp's llama-perplexity does it so, too; but it puts a BOS in place
+of a window's first token if the .gguf says that the model wants one, and here there is none. With pictures, each window
+stands behind a BOS, the beginning of the model's prompt template, and a picture.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 #: Tokens of a window, as in most published figures of llama.cpp.
 WINDOW = 512
+
+#: Tokens of the smallest one: two of them are scored, the fewest that have a standard error.
+LEAST_WINDOW = 5
 
 EPILOG = """\
 examples:
@@ -104,7 +108,8 @@ def texts_of(program: PteProgram, ids: Sequence[int], length: int, score_all: bo
     """The windows of a text as they are read, pictures in turns before them.
 
     Raises:
-        ValueError: the text has not one window, or the file has not as many positions.
+        ExportError: the text has not one window, or the file has not as many positions.
+        PteError: there are pictures, and the file is a language model alone.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -114,27 +119,29 @@ def texts_of(program: PteProgram, ids: Sequence[int], length: int, score_all: bo
     opening: tuple[int, ...] = ()
     image_tokens = 0
     if pictures:
+        image_tokens = program.require_vision().tokens
         tokenizer = SentencePieceProcessor(model_proto=program.tokenizer)
         before = (metadata.prompt_template.split(PROMPT_PLACEHOLDER)[0] + metadata.image_prefix).split(
             metadata.image_marker
         )[0]
         opening = (metadata.bos_id, *tokenizer.encode(before))
-        image_tokens = program.require_vision().tokens
     needed = len(opening) + image_tokens + length
     if needed > metadata.max_context_len:
         room = metadata.max_context_len - needed + length
-        raise ValueError(
-            f"a window of {length} tokens {'behind a picture ' if pictures else ''}takes {needed} positions, and the "
-            f"file has {metadata.max_context_len}; choose --window {room} or less"
+        mend = f"choose --window {room} or less"
+        if room < LEAST_WINDOW:
+            mend = "leave out the pictures, or export with more positions (--max-context-len)"
+        raise ExportError(
+            f"a window of {length} tokens {'behind a picture ' if pictures else ''}takes {needed} positions, and "
+            f"{program.path} has {metadata.max_context_len}; {mend}"
         )
     found = [
         Text(opening, number % pictures if pictures else None, window, first)
         for number, (window, first) in enumerate(windows(ids, length, score_all))
     ]
     if not found:
-        raise ValueError(
-            f"the text has {len(ids)} tokens, less than a window of {length}; give more, or a smaller --window"
-        )
+        mend = f"more text, or --window {len(ids)} or less" if len(ids) >= LEAST_WINDOW else "more text"
+        raise ExportError(f"the text has {len(ids)} tokens, less than a window of {length}; give {mend}")
     return found
 
 
@@ -180,7 +187,7 @@ def measure(
 
     def mean(parts: list[Tensor]) -> tuple[float, float]:
         values = torch.cat(parts).double()
-        return float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+        return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
     loss, loss_error = mean(losses)
     score = Score(math.exp(loss), math.exp(loss) * loss_error, sum(map(len, losses)))
@@ -262,8 +269,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--limit", type=int, metavar="N", help="windows to read at the most (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    add_checkpoint_arguments(parser)
+    add_checkpoint_arguments(parser, default="none, and no comparison with float32")
     return parser.parse_args(arguments)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ExportError(f"--text {path}: is no UTF-8 text ({error}); convert it") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise ExportError(f"--text {path}: {what}; give the name of a file of UTF-8 text") from error
 
 
 def run(options: argparse.Namespace) -> Score:
@@ -272,33 +289,32 @@ def run(options: argparse.Namespace) -> Score:
     Raises:
         ValueError: something that was given cannot be used.
     """
+    for name, value, least in (("--window", options.window, LEAST_WINDOW), ("--limit", options.limit, 1)):
+        if value is not None and value < least:
+            raise ExportError(f"{name} {value} is not possible: choose {least} or more")
+    if options.json is not None:
+        check_writable(options.json)
+    text = _read_text(options.text)
     # Late, so that --help and wrong flags answer at once.
     from sentencepiece import SentencePieceProcessor
 
     from mvlm.export.preprocess import load_image, preprocess
     from mvlm.runtime.program import PteProgram
 
-    for name, value, least in (("--window", options.window, 4), ("--limit", options.limit, 1)):
-        if value is not None and value < least:
-            raise ExportError(f"{name} {value} is not possible: {least} or more")
-    if options.json is not None:
-        check_writable(options.json)
-    try:
-        text = options.text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ExportError(f"--text {options.text}: is no UTF-8 text ({error})") from error
     progress = Progress(options.quiet)
     program = PteProgram(options.pte)
     ids = SentencePieceProcessor(model_proto=program.tokenizer).encode(text)
     texts = texts_of(program, ids, options.window, options.score == "all", len(options.images))[: options.limit]
     pixels = [preprocess(load_image(path), program.require_vision()) for path in options.images]
     checkpoint = None
-    if options.model is not None or options.random_weights is not None:
+    flags = (options.model, options.random_weights, options.seed, options.revision, options.vision_tower)
+    if any(flag is not None for flag in flags):  # without the first two of them, open_of says what is amiss
         checkpoint = open_of(options)
         if checkpoint.checkpoint_id != program.metadata.checkpoint_id:
             raise ExportError(
                 f"{options.pte} was not made of {checkpoint.name} as it is now (it says {program.metadata.model_name}, "
-                f"{program.metadata.checkpoint_id[:19]}…; the checkpoint is {checkpoint.checkpoint_id[:19]}…)"
+                f"{program.metadata.checkpoint_id[:19]}…; the checkpoint is {checkpoint.checkpoint_id[:19]}…); "
+                "give the checkpoint that it was made of, or export it again"
             )
     return measure(program, texts, pixels, checkpoint, progress)
 
@@ -330,9 +346,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mvlm.runtime.perplexity: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        where = error.filename or options.text
-        print(f"mvlm.runtime.perplexity: {where}: {error.strerror or error}", file=sys.stderr)
-        return 2 if isinstance(error, FileNotFoundError | IsADirectoryError) else 1
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"mvlm.runtime.perplexity: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("mvlm.runtime.perplexity: interrupted", file=sys.stderr)
         return 130
