@@ -24,15 +24,17 @@ from sentencepiece import SentencePieceProcessor
 from mvlm.export.files import atomic_write
 from mvlm.runtime.perplexity import WINDOW, windows
 
-#: What llama-perplexity --kl-divergence prints.
+#: What llama-perplexity --kl-divergence prints. Its "Mean PPL(base)" is left: it is that of probabilities which were
+#: stored in 16 bits, the smallest of them raised.
 FIGURES = {
     "perplexity": r"Mean PPL\(Q\) +: +([\d.]+)",
-    "float_perplexity": r"Mean PPL\(base\) +: +([\d.]+)",
     "kl_mean": r"Mean +KLD: +(-?[\d.]+)",
     "kl_error": r"Mean +KLD: +-?[\d.]+ ± +([\d.]+)",
     "kl_p99": r"99\.0% +KLD: +(-?[\d.]+)",
     "top1": r"Same top p: +([\d.]+)",
 }
+#: And without it.
+FLOAT_FIGURES = {"float_perplexity": r"Final estimate: PPL = ([\d.]+)"}
 
 
 def scored_tokens(path: Path) -> int:
@@ -64,18 +66,24 @@ def bits_of_linears(path: Path) -> float:
     return 8 * sum(int(t.n_bytes) for t in linears) / sum(int(t.n_elements) for t in linears)
 
 
+def read_log(path: Path, figures: dict[str, str]) -> dict[str, float]:
+    """Figures of a log, by the patterns that find them."""
+    log = path.read_text(encoding="utf-8")
+    found = {key: re.search(pattern, log) for key, pattern in figures.items()}
+    if missing := [key for key, match in found.items() if match is None]:
+        sys.exit(f"{path}: does not tell {', '.join(missing)}; delete it")
+    return {key: float(match[1]) for key, match in found.items()}
+
+
 def entry(folder: Path, name: str, tokens: int) -> dict[str, object]:
     """Of one type."""
-    log = (folder / f"{name}.log").read_text(encoding="utf-8")
-    found = {key: re.search(pattern, log) for key, pattern in FIGURES.items()}
-    if missing := [key for key, match in found.items() if match is None]:
-        sys.exit(f"{folder / name}.log: does not tell {', '.join(missing)}; delete it")
-    figures = {key: float(match[1]) for key, match in found.items()}
+    figures = read_log(folder / f"{name}.log", FIGURES)
     figures["top1"] /= 100
     return {
         "name": name.replace("-", ", "),
         "bits": round(bits_of_linears(folder / f"{name}.gguf"), 3),
         "bytes": (folder / f"{name}.gguf").stat().st_size,
+        **read_log(folder / "f16.log", FLOAT_FIGURES),
         **figures,
         "tokens": tokens,
     }
@@ -83,7 +91,7 @@ def entry(folder: Path, name: str, tokens: int) -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="with NAME.gguf, NAME.log and f16.kld")
+    parser.add_argument("folder", type=Path, help="with NAME.gguf, NAME.log, f16.kld and f16.log")
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
