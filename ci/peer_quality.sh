@@ -7,8 +7,8 @@
 #   ci/peer_quality.sh FILE.json
 #   JOBS=1 nice ci/peer_quality.sh           on one core; PEER_HOME=DIR as for ci/peer_llama_cpp.sh
 #
-# What is there already is not made anew, unless what it is made of is newer. Needs a C++ compiler, and 1.6 GB in
-# build/quality/llama; 20 minutes on 2 cores, most of it for building llama.cpp in ~/.cache/mvlm-peer.
+# What is there already is not made anew, unless what it is made of is newer. Needs a C++ compiler, and 1.4 GB in
+# build/quality/llama and 0.6 GB in ~/.cache/mvlm-peer; 50 minutes with JOBS=1, 15 of them for building llama.cpp.
 set -euo pipefail
 case ${1:-} in
   -*) sed -n '2,/^set/{/^#/p}' "$0" >&2; exit 2 ;;

@@ -121,6 +121,7 @@ def draw(found: Sequence[Point]) -> bytes:
     """The picture, SVG."""
     import matplotlib
     from matplotlib import pyplot as plt
+    from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter, NullFormatter
     from matplotlib.transforms import Bbox
 
@@ -181,24 +182,25 @@ def draw(found: Sequence[Point]) -> bytes:
     corners = [axes.transData.transform((p.bits, p.kl)) - 4.5 * pixels for p in found]
     taken = [Bbox.from_bounds(x, y, 9 * pixels, 9 * pixels) for x, y in corners]
     taken.append(legend.get_window_extent(renderer))
-    directions = [(1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1)]
+    offsets = sorted(product((8, -8, 0), range(-90, 91, 2)), key=lambda offset: (abs(offset[1]), -offset[0]))
     for point in sorted(found, key=lambda point: -point.kl):
-        for distance, (right, up) in product((8, 14, 20, 28, 38, 50, 64, 80), directions):
+        for right, up in offsets:
             label = axes.annotate(
                 point.label,
                 (point.bits, point.kl),
-                (right * distance, up * distance),
+                (right, up),
                 textcoords="offset points",
-                ha={1: "left", -1: "right", 0: "center"}[right],
-                va={1: "bottom", -1: "top", 0: "center"}[up],
+                ha={8: "left", -8: "right", 0: "center"}[right],
+                va="center",
                 fontsize=9.5,
                 color=KINDS[point.kind][0],
                 bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5},
                 arrowprops={"arrowstyle": "-", "lw": 0.6, "color": MUTED, "shrinkA": 1, "shrinkB": 4}
-                if distance > 8
+                if abs(up) > 12
                 else None,
             )
-            box = label.get_window_extent(renderer)
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # of the words alone, without the line
             free = not any(box.padded(1.5 * pixels).overlaps(other) for other in taken)
             if free and inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1):
                 taken.append(box)
