@@ -52,10 +52,21 @@ class Stream:
             yield slice(start, stop), lengths
 
 
+def token_weights(x_TI: Tensor) -> Tensor:
+    """By what each token's inputs are multiplied so that all tokens count the same: [T, 1].
+
+    A few tokens of a Llama, the first of a text above all, have inputs with thousands of times the power of the others'
+    ("massive activations", https://arxiv.org/abs/2402.17762). Without weights the sums over tokens are almost theirs
+    alone, and weights would be rounded for the sake of the one token that says nothing.
+    """
+    return x_TI.square().mean(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny).rsqrt_()
+
+
 class Moments:
     """Sums over tokens of what a linear's inputs are: Z'Z and, for the correction of targets, (X - Z)'Z.
 
-    X are the float model's inputs and Z those of the quantized model, both [tokens, in].
+    X are the float model's inputs and Z those of the quantized model, both [tokens, in], each token with the weight
+    that :func:`token_weights` gives it in the float model.
 
     Attributes:
         hessian: Z'Z [in, in]; complete after :meth:`finish`.
@@ -67,13 +78,15 @@ class Moments:
         self.cross = torch.zeros(width, width, device=device)
 
     def add(self, x_TI: Tensor, z_TI: Tensor) -> None:
+        weights_T1 = token_weights(x_TI)
+        z_TI = z_TI * weights_T1
         # It is symmetric: of each strip of columns only what is not below the diagonal is summed.
         width = self.hessian.shape[0]
         strip = max(256, width // 8)
         for start in range(0, width, strip):
             stop = min(start + strip, width)
             self.hessian[:stop, start:stop].addmm_(z_TI[:, :stop].T, z_TI[:, start:stop])
-        self.cross.addmm_((x_TI - z_TI).T, z_TI)
+        self.cross.addmm_((x_TI * weights_T1 - z_TI).T, z_TI)
 
     def finish(self) -> None:
         self.hessian = self.hessian.triu_() + self.hessian.triu(1).T

@@ -26,6 +26,7 @@ from mvlm.export.calibrate.branches import (
     decoder_branches,
     encoder_branches,
     pass_branch,
+    token_weights,
 )
 from mvlm.export.calibrate.data import (
     BUNDLED_PICTURES,
@@ -49,6 +50,9 @@ from mvlm.export.recipe import Recipe
 from mvlm.export.scales import search_scales
 from mvlm.export.smoothing import STRENGTH, Smoothing, find_smoothing, smoothed
 from mvlm.export.streamed_model import FloatLanguageModel, read_sequences
+
+#: Raised whenever the same work comes to give other weights, so that none is gone on with that was begun differently.
+METHOD = 2
 
 #: Share of the way to the weights that would undo what quantization has done to a linear's inputs. All of it fits what
 #: is accidental in the calibration data: measured on a real Llama of 135 million parameters, half is best up to
@@ -143,6 +147,7 @@ def work_folder(checkpoint: Checkpoint, recipe: Recipe, options: CalibrationOpti
         "tokens": options.tokens,
         "seed": options.seed,
         "inputs": inputs,
+        "method": METHOD,
         "correction": CORRECTION,
         "smoothing": STRENGTH,
     }
@@ -293,7 +298,7 @@ class _Calibrator:
         )
 
     def _watch(self, name: str, x_TI: Tensor) -> None:
-        total = x_TI.square().sum(0).cpu()
+        total = (x_TI * token_weights(x_TI)).square().sum(0).cpu()
         self._importances[name] = self._importances[name] + total if name in self._importances else total
         self._tokens[name] = self._tokens.get(name, 0) + len(x_TI)
 

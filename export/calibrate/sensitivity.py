@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mvlm.export.calibrate.branches import Stream, decoder_branches
+from mvlm.export.calibrate.branches import Stream, decoder_branches, token_weights
 from mvlm.export.checkpoint import Checkpoint
 from mvlm.export.models.mobilellama import DecoderLayer
 from mvlm.export.progress import Progress, return_freed_memory
@@ -90,7 +90,8 @@ def sensitivities(
                 name = f"language_model.layers.{index}.{path}"
                 linear: nn.Linear = layer.get_submodule(path)  # type: ignore[assignment]
                 weight = linear.weight.detach().cpu()
-                rounded, _ = quantize_weight(weight, schemes[name], z.square().mean(0).cpu())
+                importance = (z * token_weights(z)).square().mean(0).cpu()
+                rounded, _ = quantize_weight(weight, schemes[name], importance)
                 change = z @ (rounded.dequantize() - weight).to(device).T
                 result[name] = float((gradient * change).sum(-1).square().mean()) / 2
         del layer, watched, outputs, gradients, y_TD, first, second, z

@@ -140,7 +140,7 @@ def test_streams_of_the_vision_tower(checkpoint, float32):
 
 
 def test_moments_are_sums_over_all_inputs(checkpoint, float32):
-    """Z'Z and (X - Z)'Z of what the linears are really given, in chunks and at once."""
+    """Z'Z and (X - Z)'Z of what the linears are really given, each token with the same power, in chunks and at once."""
     sequences = inputs_of(checkpoint)
     layer = float32.language_model.layers[0]
     branch = decoder_branches(layer, *rope_tables(64, 33, 10000.0))[1]
@@ -150,18 +150,36 @@ def test_moments_are_sums_over_all_inputs(checkpoint, float32):
         found[name] = moments
         return linear.weight * 0.9
 
+    def check(moments: Moments, x: Tensor, z: Tensor) -> None:
+        power = x.pow(2).mean(1)
+        expected = torch.einsum("ti,tj,t->ij", z, z, 1 / power), torch.einsum("ti,tj,t->ij", x - z, z, 1 / power)
+        for sums, right in zip((moments.hessian, moments.cross), expected, strict=True):
+            assert torch.allclose(sums, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
+
     stream = stream_of(sequences)
     stream.quantized += 0.1
     x, z = layer.post_attention_layernorm(stream.float32), layer.post_attention_layernorm(stream.quantized)
     pass_branch(stream, layer, branch, remember, True, False)
-    first = found["mlp.gate_up_proj"]
-    assert torch.allclose(first.hessian, z.T @ z, atol=1e-2)
-    assert torch.allclose(first.cross, (x - z).T @ z, atol=1e-2)
+    check(found["mlp.gate_up_proj"], x, z)
     x = branch.between(layer.mlp.gate_up_proj(x), [])
     z = branch.between(z @ (layer.mlp.gate_up_proj.weight * 0.9).T, [])
-    second = found["mlp.down_proj"]
-    assert torch.allclose(second.hessian, z.T @ z, rtol=1e-3, atol=1e-2)
-    assert torch.allclose(second.cross, (x - z).T @ z, rtol=1e-3, atol=1e-2)
+    check(found["mlp.down_proj"], x, z)
+
+
+def test_no_token_counts_more_than_another():
+    """A token of 10,000 times the power of the others would else be all that the sums know; zeros do no harm."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 16, generator=generator)
+    even, uneven = Moments(16, CPU), Moments(16, CPU)
+    even.add(x, x + 0.01)
+    scale = torch.ones(64, 1)
+    scale[0] = 100
+    uneven.add(x * scale, (x + 0.01) * scale)
+    uneven.add(torch.zeros(3, 16), torch.zeros(3, 16))
+    for moments in (even, uneven):
+        moments.finish()
+    assert torch.allclose(uneven.hessian, even.hessian, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(uneven.cross, even.cross, rtol=1e-4, atol=1e-4)
 
 
 # ---- the float model, layer by layer --------------------------------------------------------------------------------
@@ -486,6 +504,7 @@ def test_smoothing_makes_large_inputs_smaller(checkpoint):
     before = powers(checkpoint)
     for strength in (STRENGTH, 1.0):
         after = powers(smoothed(checkpoint, find_smoothing(before, config, strength)))
+        assert any(not torch.equal(after[name], before[name]) for name in before)
         for name in before:
             if "layers" not in name:
                 assert torch.equal(after[name], before[name])
