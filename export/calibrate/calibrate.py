@@ -102,7 +102,7 @@ class CalibrationResult:
         checkpoint: whose weights are to be quantized: the one that was given, smoothed by ``full``.
         recipe: by which the checkpoint is to be quantized: the one that was given, and in it which linears get 8 bits.
         schemes: of the linears.
-        importances: second moments of inputs, by names of linears.
+        importances: second moments of inputs, each token's scaled to a mean power of 1, by names of linears.
         folder: that holds the weights.
         smoothing: of the checkpoint; None where it is as it was given.
     """
